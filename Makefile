@@ -13,7 +13,9 @@ DATA ?= auto
 PARAMS ?=
 ARGS ?=
 
+# The environment's programs. Given on the command line, that environment is used as it is: make BIN="$CONDA_PREFIX"/bin test
 BIN := "$(CURDIR)"/.venv/bin
+SETUP := $(if $(filter command line,$(origin BIN)),,setup)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTHON_GIVEN := $(filter-out file,$(origin PYTHON))
 README := $(BIN)/jupyter-nbconvert nbs/index.ipynb --to markdown --log-level WARN --output-dir . --output README \
@@ -69,37 +71,36 @@ setup: ## set up .venv with the pinned versions (the other targets do it themsel
 	mv "$$made.tmp" "$$made"; \
 	echo ".venv is ready"
 
-study: setup ## run a study and say where its report is
+study: $(SETUP) ## run a study and say where its report is
 	@$(BIN)/recsys-importance study '$(STUDY)' --data '$(DATA)' $(foreach pair,$(PARAMS),--set '$(pair)')
 
-test: setup ## run every test
+test: $(SETUP) ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
 
-lab: setup ## open the notebooks in JupyterLab
+lab: $(SETUP) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-lint: setup ## ruff on notebooks, package and tests
+lint: $(SETUP) ## ruff on notebooks, package and tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: setup ## let ruff repair and format the notebooks and tests
+format: $(SETUP) ## let ruff repair and format the notebooks and tests
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-export: setup ## clean the notebooks and export them to the package
+export: $(SETUP) ## clean the notebooks and export them to the package
 	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
 
-readme: setup ## build README.md from nbs/index.ipynb
+readme: $(SETUP) ## build README.md from nbs/index.ipynb
 	@rm -f nbs/images/README_*
 	@$(README)
 
-check: lint sync ## ruff agrees, installed versions fit, clean and export and readme would change nothing
+check: lint sync ## lint, sync, and the installed versions fit together
 	@$(PIP) check
 
 # Everything that is generated is taken out of a copy, made again there and compared with the working tree, which stays as it is.
-# It needs no set-up by make: the tests call it with BIN, the folder of their own Python.
-sync:
+sync: $(SETUP) ## fail with the difference if clean, export or readme would change anything
 	@set -eu; \
 	copy=$$(mktemp -d); \
 	trap 'rm -rf "$$copy"' EXIT; \
@@ -117,17 +118,19 @@ sync:
 	if [ -z "$$same" ]; then echo "Generated files differ (- as they are, + as they should be): make export readme" >&2; exit 1; fi; \
 	echo "Notebooks, package and README agree"
 
-# The versions of .venv become the pins. Local suffixes such as +cpu are cut: they name a build, not a version.
-constraints: setup ## write constraints.txt from .venv, once the tests have passed there
+# The versions of .venv become the pins. Local suffixes such as +cpu name a build, not a version, and are cut. torch pins its CUDA libraries
+# itself. tensorflow, which stands in for tensorflow-cpu on ARM, gets the same version.
+constraints: $(SETUP) ## write constraints.txt from .venv, once the tests have passed there
 	@set -eu; \
 	trap 'rm -f constraints.txt.tmp' EXIT; \
+	$(PIP) freeze --all --exclude pip --exclude-editable > .venv/freeze.tmp; \
+	if grep ' @ ' .venv/freeze.tmp; then echo "Installed from a file or an address, not from the index" >&2; exit 1; fi; \
 	sed -n '/^#/p' constraints.txt > constraints.txt.tmp; \
-	$(PIP) freeze --all --exclude pip --exclude-editable > .venv/freeze.txt; \
-	if grep ' @ ' .venv/freeze.txt; then echo "Installed from a file or an address, not from the index" >&2; exit 1; fi; \
-	sed 's/+.*//' .venv/freeze.txt | LC_ALL=C sort -f >> constraints.txt.tmp; \
+	sed -e 's/+.*//' -e '/^triton==/d' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^tensorflow_cpu==/{p;s/_cpu//;}' .venv/freeze.tmp \
+	  | LC_ALL=C sort -f >> constraints.txt.tmp; \
 	mv constraints.txt.tmp constraints.txt
 
-hooks: setup ## switch on pre-commit and the notebook merge driver in this clone
+hooks: $(SETUP) ## switch on pre-commit and the notebook merge driver in this clone
 	@$(BIN)/pre-commit install
 	@git config merge.nbdev-merge.name 'merge notebooks cell by cell'
 	@git config merge.nbdev-merge.driver '.venv/bin/nbdev_merge %O %A %B %P'

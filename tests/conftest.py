@@ -1,0 +1,35 @@
+"""What all tests share: no network, quiet libraries, reproducible hypothesis runs, and tests marked gpu skipped where there is none."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    TF_CPP_MIN_LOG_LEVEL="3",
+    MPLBACKEND="Agg",
+)
+
+# Time limits of single examples measure the machine, not the code; under CI the same examples are drawn every time.
+settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def repository():
+    return Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
