@@ -164,7 +164,6 @@ def test_readme_is_built_from_the_index_and_stale_images_go(house):
     assert (house / "README.md").read_text() == README_OF_INDEX
     assert (house / "nbs/images/README_2_0.png").read_bytes() == b"image"
     assert not stale.exists()
-    assert make("sync", f"BIN={BIN}", folder=house).returncode == 0
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name_of)
@@ -204,15 +203,16 @@ def installed_closure():
     return found
 
 
-def test_constraints_pin_every_dependency_at_the_version_tested_here():
+def test_every_dependency_is_pinned_at_the_version_tested_here():
     lines, pinned = pins()
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
     assert lines == sorted(lines, key=str.upper)
     here = {name: version.split("+")[0] for name, version in installed_closure().items() if name != "recsys-importance"}
     assert {"torch", "pandas", "nbdev", "jupyterlab", "obp", "keras"} <= set(here)
-    # the CUDA libraries of a GPU build are pinned by torch itself
-    free = {name for name in here if name == "triton" or name.startswith(("nvidia-", "cuda-"))}
-    assert {name: (version, pinned.get(name)) for name, version in here.items() if name not in free and pinned.get(name) != version} == {}
+    other = {name: (version, pinned.get(name)) for name, version in here.items() if pinned.get(name) != version}
+    if sys.platform != "linux":  # the pins are written on Linux; elsewhere a few packages more are needed
+        other = {name: versions for name, versions in other.items() if versions[1]}
+    assert other == {}
 
 
 def test_conda_installs_what_make_does():

@@ -7,11 +7,7 @@ import papermill
 import pytest
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
-NOTEBOOKS = sorted(
-    path.relative_to(NBS).as_posix()
-    for path in NBS.rglob("*.ipynb")
-    if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
-)
+NOTEBOOKS = sorted(path.relative_to(NBS).as_posix() for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 CELL_LIMIT_S = 300
 
 # The parameters with which a study is quick enough for a test. Every study has a line; {} means that its defaults are.
