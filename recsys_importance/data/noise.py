@@ -30,7 +30,7 @@ def _classes(frame: pd.DataFrame) -> np.ndarray:
         raise ValueError(f"labels have {len(classes)} distinct values, expected classes (at most {MOST_CLASSES}); bin them first")
     return classes
 
-# %% ../../nbs/06_noise.ipynb #5f685734
+# %% ../../nbs/06_noise.ipynb #6a5eb6ea
 def adjacent_transition(classes: int) -> np.ndarray:
     """(K, K) row-stochastic matrix: half of each class stays, and a move of d classes has weight 2^-d within its row."""
     distance = np.abs(np.subtract.outer(np.arange(classes), np.arange(classes)))
@@ -51,9 +51,8 @@ def _moves(counts: np.ndarray, transition: np.ndarray, total: int) -> np.ndarray
     exact = counts[:, None] * leaving * (total / max((counts @ leaving).sum(), 1e-300))
     if (exact.sum(1) > counts + 1e-9).any():
         worst = int(np.argmax(exact.sum(1) / np.maximum(counts, 1)))
-        raise ValueError(
-            f"{total} wrong labels with this transition need {exact.sum(1)[worst]:.1f} rows of class {worst}, which has {counts[worst]}; lower the rate"
-        )
+        need = f"{exact.sum(1)[worst]:.1f} rows of class {worst}, which has {counts[worst]}"
+        raise ValueError(f"{total} wrong labels with this transition need {need}; lower the rate")
     moves = np.floor(exact + 1e-9).astype(int)
     for cell in np.argsort(-(exact - moves), axis=None, kind="stable"):
         row, column = divmod(int(cell), classes)
@@ -82,7 +81,7 @@ def _systematic(probability: np.ndarray, total: int, generator: np.random.Genera
     ticks = np.arange(total) + generator.uniform()
     return order[np.minimum(np.searchsorted(edges, ticks, side="right"), len(order) - 1)]
 
-# %% ../../nbs/06_noise.ipynb #53973bfc
+# %% ../../nbs/06_noise.ipynb #b4184383
 def inject_label_noise(
     frame: pd.DataFrame, rate: float, *, kind: str = "symmetric", seed: int = 0, transition=None, popularity_exponent: float = 1.0
 ) -> pd.DataFrame:
@@ -92,9 +91,10 @@ def inject_label_noise(
     kind: "symmetric": rows and new classes are uniform; "class_conditional": rows move by `transition` (K, K), row-stochastic over
     the sorted label values, `adjacent_transition(K)` if None, scaled to the rate; "popularity_biased": row i is hit with probability
     min(1, c * n_i ** popularity_exponent), n_i the rows of its item, and the new class is uniform.
-    Returns a copy with label (float64), true_label (float64, kept if the frame has it) and noisy (boolean: label differs from true_label).
+    Returns a copy with label and true_label (float64; true_label is kept if the frame has it) and noisy (boolean: the two differ).
     A frame that is already noisy is corrupted further: labels move from what they are now, and may move back to the truth.
-    Raises ValueError for a rate outside [0, 1), an unknown kind, labels that are missing or not classes, a wrong transition, missing item_id.
+    Raises ValueError for a rate outside [0, 1), an unknown kind, labels that are missing or no classes, a wrong transition or exponent,
+    or missing item ids.
     """
     if not 0 <= rate < 1:
         raise ValueError(f"rate is {rate}, expected a share of wrong labels in [0, 1)")
@@ -102,6 +102,8 @@ def inject_label_noise(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if transition is not None and kind != "class_conditional":
         raise ValueError(f"transition is given but kind is {kind!r}; use kind='class_conditional'")
+    if not (np.isfinite(popularity_exponent) and popularity_exponent >= 0):
+        raise ValueError(f"popularity_exponent is {popularity_exponent}, expected a finite number from 0 (no bias) up")
     classes = _classes(frame)
     generator = np.random.default_rng(seed)
     order = frame["sample_id"].astype("str").argsort(kind="stable").to_numpy()

@@ -65,7 +65,7 @@ class ShopSettings:
         if pd.isna(pd.to_datetime(self.start, errors="coerce")):
             raise ValueError(f"ShopSettings.start is {self.start!r}, expected a date such as '2025-01-01'")
 
-# %% ../../nbs/04_shop.ipynb #f3a9592a
+# %% ../../nbs/04_shop.ipynb #cfd5649c
 class _Family(NamedTuple):
     nouns: tuple[str, ...]  # what it is called, the usual word first
     sizes: tuple[str, ...]
@@ -80,58 +80,123 @@ class _Family(NamedTuple):
 _SHOE_SIZES = ("size 38", "size 40", "size 42", "size 44")
 _WEAR_SIZES = ("S", "M", "L", "XL")
 _FAMILIES = {
-    "sofa": _Family(("sofa", "couch", "settee"), ("2-seater", "3-seater", "corner"), ("velvet", "leather", "linen"), ("sofa cover", "sofa legs"),
-                    "armchair", "floor lamp", 640, ("Deep seat with pocket springs", "Delivered in two boxes")),
-    "armchair": _Family(("armchair", "lounge chair", "easy chair"), ("low back", "high back", "swivel"), ("velvet", "leather", "rattan"),
-                        ("armchair cover", "armchair headrest"), "sofa", "desk lamp", 280, ("Curved back and solid feet", "No tools needed")),
-    "desk lamp": _Family(("desk lamp", "table lamp", "reading lamp"), ("5 W", "8 W", "12 W"), ("brass", "steel", "oak"),
-                         ("desk lamp clamp", "desk lamp shade"), "floor lamp", "office chair", 48, ("Dimmable in three steps", "Warm white light")),
-    "floor lamp": _Family(("floor lamp", "standing lamp", "uplighter"), ("140 cm", "160 cm", "180 cm"), ("brass", "steel", "bamboo"),
-                          ("floor lamp shade", "floor lamp base"), "desk lamp", "armchair", 95, ("Foot switch on the cord", "Light for the whole room")),
-    "coffee maker": _Family(("coffee maker", "coffee machine", "drip brewer"), ("0.6 l", "1.2 l", "1.8 l"), ("steel", "glass", "plastic"),
-                            ("coffee maker filter", "coffee maker descaler"), "espresso machine", "saucepan", 70,
-                            ("Keeps coffee warm for 40 minutes", "With timer")),
-    "espresso machine": _Family(("espresso machine", "espresso maker", "barista machine"), ("9 bar", "15 bar", "20 bar"), ("steel", "brass", "plastic"),
-                                ("espresso machine portafilter", "espresso machine milk jug"), "coffee maker", "kettle", 240,
-                                ("Steam wand for milk foam", "Two cups at a time")),
-    "kettle": _Family(("kettle", "electric kettle", "water boiler"), ("1 l", "1.5 l", "1.7 l"), ("steel", "glass", "plastic"),
-                      ("kettle descaler", "kettle lid"), "teapot", "coffee maker", 42, ("Boils in three minutes", "Limescale filter inside")),
-    "teapot": _Family(("teapot", "tea pot", "tea brewer"), ("0.5 l", "0.9 l", "1.4 l"), ("ceramic", "glass", "cast iron"),
-                      ("teapot warmer", "teapot strainer"), "kettle", "frying pan", 34, ("Dishwasher safe", "Drip-free spout")),
-    "frying pan": _Family(("frying pan", "skillet", "frypan"), ("20 cm", "24 cm", "28 cm"), ("cast iron", "steel", "aluminium"),
-                          ("frying pan lid", "frying pan splash guard"), "saucepan", "kettle", 45, ("For all hobs and ovens", "Non-stick inside")),
-    "saucepan": _Family(("saucepan", "cooking pot", "sauce pot"), ("1.5 l", "2 l", "3 l"), ("copper", "steel", "aluminium"),
-                        ("saucepan lid", "saucepan steamer insert"), "frying pan", "teapot", 52, ("Pours from both sides", "Thick heat-spreading base")),
-    "backpack": _Family(("backpack", "rucksack", "daypack"), ("15 l", "22 l", "30 l"), ("canvas", "nylon", "leather"),
-                        ("backpack rain cover", "backpack straps"), "travel bag", "laptop", 65, ("Padded back and side pockets", "Fits under the seat")),
-    "travel bag": _Family(("travel bag", "duffel bag", "weekender"), ("35 l", "50 l", "70 l"), ("canvas", "nylon", "leather"),
-                          ("travel bag lock", "travel bag shoulder strap"), "backpack", "rain jacket", 80, ("Wide opening with two zips", "Shoe compartment")),
-    "running shoes": _Family(("running shoes", "trainers", "jogging shoes"), _SHOE_SIZES, ("mesh", "knit", "leather"),
-                             ("running shoes laces", "running shoes insoles"), "hiking boots", "headphones", 95, ("Cushioned heel", "For road and track")),
-    "hiking boots": _Family(("hiking boots", "walking boots", "trekking boots"), _SHOE_SIZES, ("suede", "nylon", "leather"),
-                            ("hiking boots wax", "hiking boots gaiters"), "running shoes", "backpack", 140, ("Deep tread and ankle support", "Waterproof lining")),
-    "rain jacket": _Family(("rain jacket", "raincoat", "waterproof jacket"), _WEAR_SIZES, ("nylon", "polyester", "cotton"),
-                           ("rain jacket repair patch", "rain jacket wash"), "winter coat", "hiking boots", 85, ("Taped seams and hood", "Packs into its pocket")),
-    "winter coat": _Family(("winter coat", "parka", "padded coat"), _WEAR_SIZES, ("wool", "down", "polyester"),
-                           ("winter coat hood trim", "winter coat hanger"), "rain jacket", "running shoes", 170, ("Warm to minus fifteen", "Two inside pockets")),
-    "headphones": _Family(("headphones", "headset", "over-ear headphones"), ("20 h", "30 h", "50 h"), ("leather", "plastic", "aluminium"),
-                          ("headphones case", "headphones stand"), "earbuds", "laptop", 120, ("Noise cancelling", "Foldable, with microphone")),
-    "earbuds": _Family(("earbuds", "in-ear headphones", "ear buds"), ("5 h", "8 h", "11 h"), ("silicone", "plastic", "aluminium"),
-                       ("earbuds case", "earbuds tips"), "headphones", "running shoes", 75, ("Sweat resistant", "Charges in ten minutes")),
-    "laptop": _Family(("laptop", "notebook", "portable computer"), ("13 inch", "14 inch", "16 inch"), ("aluminium", "magnesium", "plastic"),
-                      ("laptop sleeve", "laptop charger"), "tablet", "desk lamp", 820, ("16 GB memory, 512 GB storage", "Backlit keyboard")),
-    "tablet": _Family(("tablet", "slate", "tablet computer"), ("8 inch", "10 inch", "12 inch"), ("aluminium", "magnesium", "plastic"),
-                      ("tablet case", "tablet stylus"), "laptop", "earbuds", 330, ("128 GB storage, all-day battery", "Bright matte screen")),
-    "office chair": _Family(("office chair", "desk chair", "swivel chair"), ("low back", "mid back", "high back"), ("mesh", "leather", "felt"),
-                            ("office chair castors", "office chair armrest"), "stool", "desk lamp", 190, ("Lumbar support", "Up to 130 kg")),
-    "stool": _Family(("stool", "bar stool", "counter stool"), ("45 cm", "65 cm", "75 cm"), ("oak", "steel", "rattan"),
-                     ("stool cushion", "stool felt pads"), "office chair", "saucepan", 60, ("Footrest ring", "Stacks three high")),
+    "sofa": _Family(
+        ("sofa", "couch", "settee"), ("2-seater", "3-seater", "corner"), ("velvet", "leather", "linen"),
+        ("sofa cover", "sofa legs"), "armchair", "floor lamp", 640,
+        ("Deep seat with pocket springs", "Delivered in two boxes"),
+    ),
+    "armchair": _Family(
+        ("armchair", "lounge chair", "easy chair"), ("low back", "high back", "swivel"), ("velvet", "leather", "rattan"),
+        ("armchair cover", "armchair headrest"), "sofa", "desk lamp", 280,
+        ("Curved back and solid feet", "No tools needed"),
+    ),
+    "desk lamp": _Family(
+        ("desk lamp", "table lamp", "reading lamp"), ("5 W", "8 W", "12 W"), ("brass", "steel", "oak"),
+        ("desk lamp clamp", "desk lamp shade"), "floor lamp", "office chair", 48,
+        ("Dimmable in three steps", "Warm white light"),
+    ),
+    "floor lamp": _Family(
+        ("floor lamp", "standing lamp", "uplighter"), ("140 cm", "160 cm", "180 cm"), ("brass", "steel", "bamboo"),
+        ("floor lamp shade", "floor lamp base"), "desk lamp", "armchair", 95,
+        ("Foot switch on the cord", "Light for the whole room"),
+    ),
+    "coffee maker": _Family(
+        ("coffee maker", "coffee machine", "drip brewer"), ("0.6 l", "1.2 l", "1.8 l"), ("steel", "glass", "plastic"),
+        ("coffee maker filter", "coffee maker descaler"), "espresso machine", "saucepan", 70,
+        ("Keeps coffee warm for 40 minutes", "With timer"),
+    ),
+    "espresso machine": _Family(
+        ("espresso machine", "espresso maker", "barista machine"), ("9 bar", "15 bar", "20 bar"), ("steel", "brass", "plastic"),
+        ("espresso machine portafilter", "espresso machine milk jug"), "coffee maker", "kettle", 240,
+        ("Steam wand for milk foam", "Two cups at a time"),
+    ),
+    "kettle": _Family(
+        ("kettle", "electric kettle", "water boiler"), ("1 l", "1.5 l", "1.7 l"), ("steel", "glass", "plastic"),
+        ("kettle descaler", "kettle lid"), "teapot", "coffee maker", 42,
+        ("Boils in three minutes", "Limescale filter inside"),
+    ),
+    "teapot": _Family(
+        ("teapot", "tea pot", "tea brewer"), ("0.5 l", "0.9 l", "1.4 l"), ("ceramic", "glass", "cast iron"),
+        ("teapot warmer", "teapot strainer"), "kettle", "frying pan", 34,
+        ("Dishwasher safe", "Drip-free spout"),
+    ),
+    "frying pan": _Family(
+        ("frying pan", "skillet", "frypan"), ("20 cm", "24 cm", "28 cm"), ("cast iron", "steel", "aluminium"),
+        ("frying pan lid", "frying pan splash guard"), "saucepan", "kettle", 45,
+        ("For all hobs and ovens", "Non-stick inside"),
+    ),
+    "saucepan": _Family(
+        ("saucepan", "cooking pot", "sauce pot"), ("1.5 l", "2 l", "3 l"), ("copper", "steel", "aluminium"),
+        ("saucepan lid", "saucepan steamer insert"), "frying pan", "teapot", 52,
+        ("Pours from both sides", "Thick heat-spreading base"),
+    ),
+    "backpack": _Family(
+        ("backpack", "rucksack", "daypack"), ("15 l", "22 l", "30 l"), ("canvas", "nylon", "leather"),
+        ("backpack rain cover", "backpack straps"), "travel bag", "laptop", 65,
+        ("Padded back and side pockets", "Fits under the seat"),
+    ),
+    "travel bag": _Family(
+        ("travel bag", "duffel bag", "weekender"), ("35 l", "50 l", "70 l"), ("canvas", "nylon", "leather"),
+        ("travel bag lock", "travel bag shoulder strap"), "backpack", "rain jacket", 80,
+        ("Wide opening with two zips", "Shoe compartment"),
+    ),
+    "running shoes": _Family(
+        ("running shoes", "trainers", "jogging shoes"), _SHOE_SIZES, ("mesh", "knit", "leather"),
+        ("running shoes laces", "running shoes insoles"), "hiking boots", "headphones", 95,
+        ("Cushioned heel", "For road and track"),
+    ),
+    "hiking boots": _Family(
+        ("hiking boots", "walking boots", "trekking boots"), _SHOE_SIZES, ("suede", "nylon", "leather"),
+        ("hiking boots wax", "hiking boots gaiters"), "running shoes", "backpack", 140,
+        ("Deep tread and ankle support", "Waterproof lining"),
+    ),
+    "rain jacket": _Family(
+        ("rain jacket", "raincoat", "waterproof jacket"), _WEAR_SIZES, ("nylon", "polyester", "cotton"),
+        ("rain jacket repair patch", "rain jacket wash"), "winter coat", "hiking boots", 85,
+        ("Taped seams and hood", "Packs into its pocket"),
+    ),
+    "winter coat": _Family(
+        ("winter coat", "parka", "padded coat"), _WEAR_SIZES, ("wool", "down", "polyester"),
+        ("winter coat hood trim", "winter coat hanger"), "rain jacket", "running shoes", 170,
+        ("Warm to minus fifteen", "Two inside pockets"),
+    ),
+    "headphones": _Family(
+        ("headphones", "headset", "over-ear headphones"), ("20 h", "30 h", "50 h"), ("leather", "plastic", "aluminium"),
+        ("headphones case", "headphones stand"), "earbuds", "laptop", 120,
+        ("Noise cancelling", "Foldable, with microphone"),
+    ),
+    "earbuds": _Family(
+        ("earbuds", "in-ear headphones", "ear buds"), ("5 h", "8 h", "11 h"), ("silicone", "plastic", "aluminium"),
+        ("earbuds case", "earbuds tips"), "headphones", "running shoes", 75,
+        ("Sweat resistant", "Charges in ten minutes"),
+    ),
+    "laptop": _Family(
+        ("laptop", "notebook", "portable computer"), ("13 inch", "14 inch", "16 inch"), ("aluminium", "magnesium", "plastic"),
+        ("laptop sleeve", "laptop charger"), "tablet", "desk lamp", 820,
+        ("16 GB memory, 512 GB storage", "Backlit keyboard"),
+    ),
+    "tablet": _Family(
+        ("tablet", "slate", "tablet computer"), ("8 inch", "10 inch", "12 inch"), ("aluminium", "magnesium", "plastic"),
+        ("tablet case", "tablet stylus"), "laptop", "earbuds", 330,
+        ("128 GB storage, all-day battery", "Bright matte screen"),
+    ),
+    "office chair": _Family(
+        ("office chair", "desk chair", "swivel chair"), ("low back", "mid back", "high back"), ("mesh", "leather", "felt"),
+        ("office chair castors", "office chair armrest"), "stool", "desk lamp", 190,
+        ("Lumbar support", "Up to 130 kg"),
+    ),
+    "stool": _Family(
+        ("stool", "bar stool", "counter stool"), ("45 cm", "65 cm", "75 cm"), ("oak", "steel", "rattan"),
+        ("stool cushion", "stool felt pads"), "office chair", "saucepan", 60,
+        ("Footrest ring", "Stacks three high"),
+    ),
 }  # fmt: skip
 _NAMES = tuple(_FAMILIES)
 _COLOURS = ("black", "white", "grey", "blue", "red", "green", "beige", "brown")
 _BRANDS = (
-    "Nordvane", "Halvorn", "Castermill", "Brightmoor", "Tessaroni", "Quillonde", "Marvane", "Oskelund", "Fernhallow", "Lumarra", "Korrindal",
-    "Ashdenne", "Pettigrove", "Sandrakka", "Wexcombe", "Bellhurston", "Drovikken", "Ilmarette", "Rookfellow", "Junarro", "Calverdine", "Thornsby",
+    "Nordvane", "Halvorn", "Castermill", "Brightmoor", "Tessaroni", "Quillonde", "Marvane", "Oskelund",
+    "Fernhallow", "Lumarra", "Korrindal", "Ashdenne", "Pettigrove", "Sandrakka", "Wexcombe", "Bellhurston",
+    "Drovikken", "Ilmarette", "Rookfellow", "Junarro", "Calverdine", "Thornsby",
 )  # fmt: skip
 _SERIES = ("Alto", "Brisa", "Cala", "Duna", "Estel", "Fjord", "Gleam", "Haven", "Isla", "Juno", "Kestrel", "Linea", "Mira", "Nova")
 _MATERIALS = tuple(sorted({material for family in _FAMILIES.values() for material in family.materials}))
@@ -312,7 +377,7 @@ def _places(score: np.ndarray) -> np.ndarray:
     """Position of each column when a row is sorted by falling score: (rows, columns), 1 is first; ties keep their order."""
     return np.argsort(np.argsort(-score, axis=1, kind="stable"), axis=1, kind="stable") + 1
 
-# %% ../../nbs/04_shop.ipynb #35d998fd
+# %% ../../nbs/04_shop.ipynb #5972d36e
 def simulate_shop(settings: ShopSettings = ShopSettings(), *, seed: int = 0) -> pd.DataFrame:
     """A SIMULATED search log whose truths are known: one row per listing shown on a results page.
 
@@ -320,9 +385,9 @@ def simulate_shop(settings: ShopSettings = ShopSettings(), *, seed: int = 0) -> 
     the tidy columns (sample_id, text_a query, text_b listing, label = grade / 3 unless noisy, query_id, user_id, item_id, timestamp,
     position, propensity, price in EUR, quantity = pieces bought, clicked, noisy) and the truths:
     session_id; true_label; grade 0-3 and relation (one of RELATIONS); examination = P(examined | position);
-    relevance_probability = P(click | examined, grade); click_probability = their product; relative_price = price / typical price of its kind;
-    purchase_probability = P(purchase | click); purchased; duplicate_of = sample_id of the first row with the same query and product, missing
-    for that first row; simulated = True.
+    relevance_probability = P(click | examined, grade); click_probability = their product;
+    relative_price = price / typical price of its kind; purchase_probability = P(purchase | click); purchased;
+    duplicate_of = sample_id of the first row with the same query and product, missing for that first row; simulated = True.
     The same settings and seed give the same frame; click, noise and page settings do not change the texts.
     """
     streams = np.random.default_rng(seed).spawn(5)
