@@ -23,6 +23,11 @@ README := $(BIN)/jupyter-nbconvert nbs/index.ipynb --to markdown --log-level WAR
 	--NbConvertBase.display_data_priority="['image/png', 'text/markdown', 'text/plain']" \
 	--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=remove-input
 
+# Notebooks run in their own folders, so a relative data folder is made absolute here.
+ifdef RECSYS_IMPORTANCE_DATA
+export RECSYS_IMPORTANCE_DATA := $(shell { cd "$(RECSYS_IMPORTANCE_DATA)" 2>/dev/null && pwd; } || printf %s "$(RECSYS_IMPORTANCE_DATA)")
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup study test lab check sync lint format export readme constraints hooks
 

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -14,9 +13,20 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
-# Time limits of single examples measure the machine, not the code; under CI the same examples are drawn every time.
-settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
-settings.load_profile("house")
+# Notebooks and sub-processes run in other folders.
+if os.environ.get("RECSYS_IMPORTANCE_DATA"):
+    os.environ["RECSYS_IMPORTANCE_DATA"] = str(Path(os.environ["RECSYS_IMPORTANCE_DATA"]).resolve())
+
+
+def pytest_configure(config):
+    # A GPU machine may run single test files without the development tools.
+    if not config.pluginmanager.hasplugin("hypothesispytest"):
+        return
+    from hypothesis import settings
+
+    # Time limits of single examples measure the machine, not the code; under CI the same examples are drawn every time.
+    settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
+    settings.load_profile("house")
 
 
 @pytest.fixture(scope="session")

@@ -264,6 +264,20 @@ def test_study_hands_its_variables_to_the_command():
     assert shlex.split(line) == ["bin/recsys-importance", "study", "other", "--data", "auto"]
 
 
+@pytest.mark.parametrize("given", ["data folder", "../here/data folder", "absolute", "not there"])
+def test_a_relative_data_folder_reaches_the_programs_as_an_absolute_path(tmp_path, given):
+    (tmp_path / "here/data folder").mkdir(parents=True)
+    shutil.copy(ROOT / "Makefile", tmp_path / "here/Makefile")
+    program = tmp_path / "bin/python"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$RECSYS_IMPORTANCE_DATA"\n')
+    program.chmod(0o755)
+    folder = tmp_path / "here/data folder"
+    given = str(folder) if given == "absolute" else given
+    run = make("test", f"BIN={program.parent}", folder=tmp_path / "here", RECSYS_IMPORTANCE_DATA=given)
+    assert run.stdout == f"{folder if given != 'not there' else given}\n"
+
+
 STUB_PYTHON = """#!/bin/sh
 # Stands in for Python: says its version, makes a .venv that holds itself, and writes down what pip is asked for.
 case "$1 $2" in
