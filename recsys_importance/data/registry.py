@@ -332,7 +332,7 @@ def locate(key: str) -> Path | None:
         raise ValueError(f"{path}: the bytes have {found}, expected {file.hash}. {remedy}")
     return path
 
-# %% ../../nbs/02_registry.ipynb #d8658535
+# %% ../../nbs/02_registry.ipynb #d6cfa613
 _TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces of data
 
 
@@ -345,7 +345,11 @@ def _download(file: File, target: Path) -> None:
         for last_try in (False, True):
             try:
                 with tqdm(desc=file.key, total=file.size_bytes or 1, unit="B", unit_scale=True) as bar:
-                    pooch.HTTPDownloader(progressbar=bar, **options)(file.url, str(part), None)
+                    try:
+                        pooch.HTTPDownloader(progressbar=bar, **options)(file.url, str(part), None)
+                    except BaseException:
+                        bar.leave = False  # a bar that stopped halfway would only puzzle
+                        raise
                 break
             except OSError:
                 if last_try:
