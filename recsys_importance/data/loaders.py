@@ -156,7 +156,7 @@ def _path(key: str, folder) -> Path:
         raise ValueError(f"{path}: no such file; folder= must hold the files of the data set under their names in the registry")
     return path
 
-# %% ../../nbs/03_loaders.ipynb #3cf0663b
+# %% ../../nbs/03_loaders.ipynb #c0f0b520
 def _catalogue(path: Path) -> list[dict]:
     """The JSON list in a zip of one file."""
     try:
@@ -198,7 +198,8 @@ def load_chorus(*, text: str = "title", folder=None) -> pd.DataFrame:
     )
     wrong = ratings[~ratings[list(grades.values())].isin([0, 1, 2, 3]).all(axis=1)]
     if len(wrong):
-        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {wrong.iloc[0][list(grades.values())].tolist()}")
+        grade = [int(value) for value in wrong.iloc[0][list(grades.values())]]
+        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {grade}")
     parts = [_catalogue(_path(f"chorus/{part}.json.zip", folder)) for part in (1, 2, 3, 4)]
     fields = ["id", "title", "short_description", "supplier", "price"]
     products = pd.DataFrame([product for part in parts for product in part], columns=fields).astype({"id": "str"})
@@ -285,7 +286,7 @@ def online_retail_lines(*, folder=None) -> pd.DataFrame:
     lines["product"] = lines["item_id"].str.match(_RETAIL_PRODUCT)
     return lines
 
-# %% ../../nbs/03_loaders.ipynb #8215f547
+# %% ../../nbs/03_loaders.ipynb #914646d2
 def _descriptions(purchases: pd.DataFrame) -> pd.Series:
     """One description per item: the most frequent one, and of equally frequent ones the first in the alphabet."""
     counts = purchases.groupby(["item_id", "description"], sort=True).size().reset_index(name="lines")
@@ -309,7 +310,7 @@ def _unbought(user: np.ndarray, bought: np.ndarray, items: int, negatives: int, 
 
 
 def _count(value, *, option: str, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{option} is {value!r}, expected a whole number of {least} or more")
 
 

@@ -1,0 +1,608 @@
+"""The loaders on small files of the published shape, on the real bytes where they are on this machine, and on files that are wrong."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from recsys_importance.data import loaders, registry
+from recsys_importance.data.loaders import load_chorus, load_esci, load_file, load_obd, load_online_retail, load_wands, online_retail_lines
+from recsys_importance.data.registry import DATASETS, Dataset, File, locate
+
+
+def real(name: str) -> None:
+    """Skips the test where a file of the data set is not on this machine; never downloads."""
+    absent = [file.key for file in DATASETS[name].files if locate(file.key) is None]
+    if absent:
+        pytest.skip(f"{absent[0]} is neither in the override folder nor in the cache nor in a package")
+
+
+def files_under(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---------------------------------------------------------------------------------------------------------------- your own file
+
+GOOD = "text_a,text_b,label\nmug,Mug red,1\n"
+
+
+def refusal(action, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as error:
+        action(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_csv_keeps_ids_and_texts_as_they_are(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("text_a,text_b,label,item_id,clicked,position,price,shelf\nNA,null,1,007,true,1,2.5,B2\nnan,,0,1e3,false,NA,,\n")
+    frame = load_file(path)
+    assert frame["text_a"].tolist() == ["NA", "nan"]
+    assert frame["text_b"][0] == "null" and frame["text_b"].isna()[1]
+    assert frame["item_id"].tolist() == ["007", "1e3"]
+    assert frame["sample_id"].tolist() == ["log:0", "log:1"]
+    assert frame["position"][0] == 1 and frame["position"].isna()[1]
+    assert frame["clicked"].tolist() == [True, False] and frame["shelf"][0] == "B2"
+    assert frame["label"].tolist() == [1.0, 0.0] and frame["label"].dtype == "float64"
+
+
+def test_tsv_and_parquet_give_the_same_frame(tmp_path):
+    table = pd.DataFrame({"text_a": ["a, b", "c"], "text_b": ["d", 'e "f"'], "label": [1.0, 0.5], "query_id": ["01", "02"]})
+    table.to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    table.to_csv(tmp_path / "x.csv", index=False)
+    table.to_parquet(tmp_path / "x.parquet")
+    expected = load_file(tmp_path / "x.csv")
+    for ending in ("tsv", "parquet"):
+        pd.testing.assert_frame_equal(load_file(tmp_path / f"x.{ending}"), expected)
+    assert expected["text_a"][0] == "a, b" and expected["text_b"][1] == 'e "f"'
+
+
+def test_parquet_integers_with_gaps_become_clean_text(tmp_path):
+    table = pd.DataFrame(
+        {"text_a": ["a", "b"], "text_b": ["c", "d"], "label": [1, 0], "item_id": pd.array([12345678901, None], dtype="Int64")}
+    )
+    table.to_parquet(tmp_path / "x.parquet")
+    frame = load_file(tmp_path / "x.parquet")
+    assert frame["item_id"][0] == "12345678901" and frame["item_id"].isna()[1]
+
+
+def test_columns_are_mapped_and_a_mapped_column_replaces_its_namesake(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("q,title,label,gain\nmug,Mug,E,1.0\nmug,Cup,S,0.1\n")
+    frame = load_file(path, columns={"text_a": "q", "text_b": "title", "label": "gain", "item_id": "title"})
+    assert frame["label"].tolist() == [1.0, 0.1]
+    assert frame["item_id"].tolist() == frame["text_b"].tolist() == ["Mug", "Cup"]
+    assert not {"q", "title", "gain"} & set(frame.columns)
+    assert "did you mean 'text_a'" in refusal(load_file, path, columns={"texta": "q"})
+    assert "column 'quary' is missing (columns found: q, title, label, gain)" in refusal(load_file, path, columns={"text_a": "quary"})
+    assert "map it with columns={'text_a'" in refusal(load_file, path)
+
+
+def test_byte_order_mark_and_other_encodings(tmp_path):
+    path = tmp_path / "x.csv"
+    for encoding, option in [
+        ("utf-8-sig", "utf-8"),
+        ("utf-8", "UTF8"),
+        ("cp1252", "cp1252"),
+        ("utf-16", "utf-16"),
+        ("utf-8-sig", "utf-8-sig"),
+    ]:
+        path.write_bytes("text_a,text_b,label\nthé,Théière,1\n".encode(encoding))
+        frame = load_file(path, encoding=option)
+        assert frame.loc[0, ["text_a", "text_b"]].tolist() == ["thé", "Théière"], (encoding, option)
+    assert "no encoding is called 'utf-9'" in refusal(load_file, path, encoding="utf-9")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("line", [1, 2, 5000])
+def test_mixed_encodings_name_line_and_byte(tmp_path, line, mark):
+    """Written so that the first wrong byte is known: `line` and after the two letters 'th'."""
+    rows = ["text_a,text_b,label", *["mug,tea,1"] * 6000]
+    content = [row.encode() for row in rows]
+    content[line - 1] = b"th\xe9,tea,1"
+    (tmp_path / "x.csv").write_bytes(mark + b"\n".join(content))
+    byte = 3 + (len(mark) if line == 1 else 0)
+    assert f"x.csv: not utf-8 at line {line}, byte {byte} (0xe9)" in refusal(load_file, tmp_path / "x.csv")
+
+
+BAD_FILES = {
+    "empty.csv": (b"", "empty.csv: the file is empty"),
+    "header_only.csv": (b"text_a,text_b,label\n", "no rows"),
+    "wrong_columns.csv": (b"a,b,label\n1,2,3\n", "column 'text_a', 'text_b' is missing (columns found: a, b, label)"),
+    "semicolons.csv": (b"text_a;text_b;label\nmug;Mug;1\n", "is missing (columns found: text_a;text_b;label)"),
+    "doubled.csv": (b"text_a,text_b,label,label\nmug,Mug,1,1\n", "column 'label' appears more than once"),
+    "one_long_row.csv": (GOOD.encode() + b"mug,Mug,red,1\n", "Expected 3 fields in line 3, saw 4"),
+    "all_long_rows.csv": (b"text_a,text_b,label\nmug,Mug,red,1\n", "the rows have more fields than the header"),
+    "open_quote.csv": (GOOD.encode() + b'mug,"Mug red,1\n', "EOF inside string"),
+    "label_text.csv": (b"text_a,text_b,label\nmug,Mug,good\n", "column 'label' must be readable as float64: row 0 ('good')"),
+    "infinite.csv": (b"text_a,text_b,label\nmug,Mug,inf\n", "column 'label' must be finite"),
+    "same_id.csv": (b"sample_id,text_a,text_b,label\n1,mug,Mug,1\n1,mug,Cup,0\n", "column 'sample_id' must be unique"),
+    "day_or_month.csv": (b"text_a,text_b,label,timestamp\nm,M,1,2026-01-31\nm,M,1,01/02/2026\n", "row 1 ('01/02/2026')"),
+    "seconds.csv": (b"text_a,text_b,label,timestamp\nm,M,1,1767225600\n", "must be ISO 8601"),
+    "log.xlsx": (b"PK", "files that end in '.xlsx' are not read; expected .csv, .tsv or .parquet"),
+    "empty.parquet": (b"", "not a readable Parquet file"),
+    "text.parquet": (GOOD.encode(), "not a readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_FILES))
+def test_bad_file_is_one_clear_error_and_nothing_is_left(tmp_path, name):
+    content, expected = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    message = refusal(load_file, tmp_path / name)
+    assert expected in message and str(tmp_path / name) in message
+    assert files_under(tmp_path) == [name] and (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.9, 0.99])
+def test_truncated_parquet(tmp_path, kept):
+    path = tmp_path / "x.parquet"
+    pd.DataFrame({"text_a": ["a"] * 99, "text_b": ["b"] * 99, "label": 1.0}).to_parquet(path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    assert "x.parquet: not a readable Parquet file, perhaps cut short" in refusal(load_file, path)
+
+
+def test_missing_file(tmp_path):
+    assert "nowhere.csv: no such file" in refusal(load_file, tmp_path / "nowhere.csv")
+
+
+def test_timestamps_are_utc(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text_a,text_b,label,timestamp\na,b,1,2026-07-01T14:00:00+02:00\na,b,1,2026-07-01 12:00:00\na,b,1,\n")
+    expected = [pd.Timestamp("2026-07-01 12:00:00")] * 2
+    assert load_file(path)["timestamp"].tolist()[:2] == expected and load_file(path)["timestamp"].isna()[2]
+    table = pd.DataFrame({"text_a": ["a"], "text_b": ["b"], "label": [1], "timestamp": pd.to_datetime(["2026-07-01T14:00:00+02:00"])})
+    table.to_parquet(tmp_path / "x.parquet")
+    assert load_file(tmp_path / "x.parquet")["timestamp"].tolist() == expected[:1]
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(texts, texts, st.floats(-1e6, 1e6)), min_size=1, max_size=6))
+def test_any_text_survives_the_round_trip(tmp_path, rows):
+    """What pandas writes to CSV comes back letter by letter: NA, quotes, separators, Chinese, emoji."""
+    table = pd.DataFrame(rows, columns=["text_a", "text_b", "label"])
+    table.to_csv(tmp_path / "x.csv", index=False)
+    frame = load_file(tmp_path / "x.csv")
+    assert frame["text_a"].tolist() == [row[0] for row in rows]
+    assert frame["text_b"].tolist() == [row[1] for row in rows]
+    assert frame["label"].tolist() == [row[2] for row in rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- Chorus
+
+PRODUCTS = [
+    {"id": "10", "title": "Mug, red", "short_description": "300 ml", "supplier": "A", "price": 995},
+    {"id": "11", "title": "Teapot", "supplier": "B", "price": 1250},
+    {"id": "12", "title": "Cup", "short_description": " ", "supplier": "B", "price": 95},
+    {"id": "13", "title": "Never judged", "short_description": "x", "supplier": "B", "price": 1},
+]
+RATINGS = "query,docid,name,description,agent_1_rating,agent_2_rating,agent_3_rating,final_rating\n"
+JUDGED = [("Red  Mug!", 10, "3,3,2,3"), ("Red  Mug!", 11, "0,1,0,0"), ("cup", 12, "2,0,3,2"), ("cup", 10, "1,1,1,1")]
+
+
+def write_chorus(folder: Path, judged=JUDGED) -> Path:
+    rows = "".join(f'{query},{product},"short, name",,{grades}\n' for query, product, grades in judged)
+    (folder / "Broad_Query_Set_individual_ratings.csv").write_text(RATINGS + rows)
+    for part, product in enumerate(PRODUCTS, 1):
+        with zipfile.ZipFile(folder / f"{part}.json.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{part}.json", json.dumps([product]))
+    return folder
+
+
+def test_chorus_rows_by_hand(tmp_path):
+    frame = load_chorus(folder=write_chorus(tmp_path))
+    assert frame["sample_id"].tolist() == ["chorus:red-mug:10", "chorus:red-mug:11", "chorus:cup:12", "chorus:cup:10"]
+    assert frame["text_a"].tolist() == ["Red  Mug!", "Red  Mug!", "cup", "cup"]
+    assert frame["text_b"].tolist() == ["Mug, red", "Teapot", "Cup", "Mug, red"]
+    assert frame["label"].tolist() == [1.0, 0.0, 2 / 3, 1 / 3]
+    assert frame["grade"].tolist() == [3, 0, 2, 1]
+    assert frame[["rater_1", "rater_2", "rater_3"]].to_numpy().tolist() == [[3, 3, 2], [0, 1, 0], [2, 0, 3], [1, 1, 1]]
+    assert frame["price"].tolist() == [9.95, 12.5, 0.95, 9.95]
+    assert frame["name"].unique().tolist() == ["short, name"] and frame["supplier"].tolist() == ["A", "B", "B", "A"]
+    longer = load_chorus(folder=tmp_path, text="title and description")["text_b"].tolist()
+    assert longer == ["Mug, red. 300 ml", "Teapot", "Cup", "Mug, red. 300 ml"]
+
+
+def test_chorus_refusals(tmp_path):
+    assert "text is 'name', expected one of 'title', 'title and description'" in refusal(load_chorus, text="name", folder=tmp_path)
+    write_chorus(tmp_path, [*JUDGED, ("cup", 99, "1,1,1,1")])
+    assert "1 judged products are not in the catalogue, the first is '99'" in refusal(load_chorus, folder=tmp_path)
+    write_chorus(tmp_path, [*JUDGED, ("cup", 13, "1,1,1,7")])
+    assert "grades must be 0, 1, 2 or 3; row 4 has [7, 1, 1, 1]" in refusal(load_chorus, folder=tmp_path)
+    (tmp_path / "2.json.zip").unlink()
+    write = (tmp_path / "Broad_Query_Set_individual_ratings.csv").write_text
+    write(RATINGS + "cup,10,x,,1,1,1,1\n")
+    assert "2.json.zip: no such file" in refusal(load_chorus, folder=tmp_path)
+    write(RATINGS.replace("agent_2_rating", "rating_2") + "cup,10,x,,1,1,1,1\n")
+    assert "column 'agent_2_rating' is missing" in refusal(load_chorus, folder=tmp_path)
+
+
+def zip_of(*members: tuple[str, bytes]):
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members:
+                archive.writestr(name, content)
+
+    return write
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[45:60] = bytes(15)
+    path.write_bytes(content)
+
+
+BAD_ZIPS = {
+    "truncated": cut,
+    "damaged inside": damage,
+    "not a zip": lambda path: path.write_bytes(b"<html>"),
+    "empty": lambda path: path.write_bytes(b""),
+    "no member": zip_of(),
+    "two members": zip_of(("1.json", b"[]"), ("2.json", b"[]")),
+    "wrong JSON": zip_of(("1.json", b'[{"id": "10",')),
+    "other JSON": zip_of(("1.json", b'{"id": "10"}')),
+    "products without title": zip_of(("1.json", b'[{"id": "10", "price": 1}]')),
+    "not UTF-8": zip_of(("1.json", b'["\xff\xfe\xfa"]')),
+}
+
+
+@pytest.mark.parametrize("kind", list(BAD_ZIPS))
+def test_chorus_bad_zip_is_one_clear_error(tmp_path, kind):
+    before = files_under(write_chorus(tmp_path))
+    BAD_ZIPS[kind](tmp_path / "1.json.zip")
+    message = refusal(load_chorus, folder=tmp_path)
+    assert f"{tmp_path / '1.json.zip'}: not a zip of one JSON file of products" in message
+    assert files_under(tmp_path) == before
+
+
+def test_loaders_read_through_the_registry(tmp_path, monkeypatch):
+    """Without folder= the files are the registry's, so a changed byte in the override folder is refused before it is read."""
+    folder = tmp_path / "chorus"
+    folder.mkdir()
+    write_chorus(folder)
+    files = tuple(
+        File(key=f"chorus/{path.name}", url="http://127.0.0.1:9/x", sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.iterdir())
+    )
+    about = dict(title="", rows="", columns="", licence="", citation="", home="", simulated=True, noise="")
+    monkeypatch.setitem(DATASETS, "chorus", Dataset(name="chorus", files=files, **about))
+    monkeypatch.setenv(registry.OVERRIDE, str(tmp_path))
+    assert len(load_chorus()) == 4
+    cut(folder / "3.json.zip")
+    assert "3.json.zip: the bytes have sha256" in refusal(load_chorus)
+
+
+def test_real_chorus():
+    real("chorus")
+    frame = load_chorus()
+    assert len(frame) == 3188 and frame["query_id"].nunique() == frame["text_a"].nunique() == 135 and frame["item_id"].nunique() == 2349
+    assert frame["grade"].value_counts().to_dict() == {0: 1471, 3: 1426, 1: 198, 2: 93}
+    raters = frame[["rater_1", "rater_2", "rater_3"]].to_numpy()
+    spread = raters.max(axis=1) - raters.min(axis=1)
+    # The figures that the data card states.
+    assert round(100 * np.mean(spread == 0)) == 71 and round(100 * np.mean(spread >= 2)) == 19
+    assert [round(100 * float(share), 1) for share in np.mean(raters != frame["grade"].to_numpy()[:, None], axis=0)] == [13.7, 17.2, 18.4]
+    first = frame.iloc[0]
+    assert first["text_a"] == "bluetooth speaker" and first["item_id"] == "1993197" and first["price"] == 40.95
+    assert first["text_b"].startswith("Sony Portable Bluetooth Speaker MBS-100")
+    assert frame[["text_a", "text_b", "label"]].notna().all(axis=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- Online Retail
+
+FIRST = [  # invoice, stock code, description, quantity, date, price, customer
+    ("1", "11111", "CUP", 6, "2010-11-01", 2.0, 7.0),
+    ("1", "22222a", "BOWL ", 1, "2010-11-01", 3.0, 7.0),
+    ("1", "POST", "POSTAGE", 1, "2010-11-01", 5.0, 7.0),
+    ("2", "11111", "CUP", 4, "2010-11-02", 2.0, 7.0),
+    ("C3", "11111", "CUP", -4, "2010-11-03", 2.0, 7.0),  # takes back invoice 2
+    ("C4", "11111", "CUP", -5, "2010-11-03", 2.0, 7.0),  # no purchase of 5: a partial return of nothing that is known
+    ("5", "33333", "JUG", 1, "2010-12-01", 4.0, 8.0),
+    ("5", "11111", "CUP, OLD NAME", 1, "2010-12-01", 2.0, 8.0),
+    ("C6", "33333", "JUG", -1, "2010-12-02", 4.0, 9.0),  # another customer's
+]
+SECOND = [
+    ("5", "33333", "JUG", 1, "2010-12-01", 4.0, 8.0),
+    ("5", "11111", "CUP, OLD NAME", 1, "2010-12-01", 2.0, 8.0),
+    ("10", "44444", "PLATE", 2, "2011-01-01", 1.0, 7.0),
+    ("10", "22222A", "BOWL", 2, "2011-01-01", 3.0, 7.0),
+    ("10", "55555", "Missing_Description", 2, "2011-01-01", 3.0, 7.0),
+    ("11", "44444", "PLATE", 1, "2011-01-02", 1.5, 8.0),
+    ("11", "DCGS0003", "BOX", 1, "2011-01-02", 0.0, 8.0),
+    ("12", "11111", "CUP", 1, "2011-01-03", 2.0, 0.0),
+    ("12", "22222A", "BOWL", 1, "2011-01-03", 3.0, 8.0),
+]
+
+
+def write_retail(folder: Path, first=FIRST, second=SECOND) -> Path:
+    for name, rows, (invoice, price, user) in [
+        ("online_retail_2009_2010.parquet", first, ("Invoice", "Price", "Customer ID")),
+        ("online_retail_2010_2011.parquet", second, ("InvoiceNo", "UnitPrice", "CustomerID")),
+    ]:
+        table = pd.DataFrame(rows, columns=[invoice, "StockCode", "Description", "Quantity", "InvoiceDate", price, user])
+        table["InvoiceDate"] += " 10:00:00"
+        if invoice == "InvoiceNo":
+            table[invoice] = table[invoice].astype("int64")
+        table.assign(Country="France").to_parquet(folder / name)
+    return folder
+
+
+def test_retail_lines_by_hand(tmp_path):
+    lines = online_retail_lines(folder=write_retail(tmp_path))
+    assert len(lines) == len(FIRST) + len(SECOND) - 2  # invoice 5 is in both files
+    assert lines["timestamp"].is_monotonic_increasing
+    assert lines.loc[lines["cancelled"], "invoice"].tolist() == ["C3", "C4", "C6"]
+    assert lines.loc[lines["returned"], ["invoice", "item_id"]].to_numpy().tolist() == [["2", "11111"]]
+    assert lines.loc[~lines["product"], "item_id"].tolist() == ["POST"]
+    assert lines.loc[lines["invoice"] == "1", "item_id"].tolist() == ["11111", "22222A", "POST"]
+    assert lines.loc[lines["invoice"] == "1", "description"].tolist() == ["CUP", "BOWL", "POSTAGE"]
+    assert lines["user_id"].isna().sum() == 1 and set(lines["user_id"].dropna()) == {"7", "8", "9"}
+    assert lines["description"].isna().sum() == 1
+    spent = (lines["quantity"] * lines["price"]).groupby(lines["user_id"]).sum()
+    assert spent["7"] == 12 + 3 + 5 + 8 - 8 - 10 + 2 + 6 + 6
+
+
+def test_retail_samples_by_hand(tmp_path):
+    """Customer 7: cup, bowl, plate (the second cup came back, the second bowl is a reorder). Customer 8: jug, cup, plate, bowl."""
+    frame = load_online_retail(folder=write_retail(tmp_path), history=2)
+    assert frame[["user_id", "text_a", "text_b"]].to_numpy().tolist() == [
+        ["7", "CUP", "BOWL"],
+        ["7", "BOWL | CUP", "PLATE"],
+        ["8", "JUG", "CUP"],
+        ["8", "CUP | JUG", "PLATE"],
+        ["8", "PLATE | CUP", "BOWL"],
+    ]
+    assert frame["sample_id"].tolist()[:2] == ["online_retail:7:1:22222A", "online_retail:7:10:44444"]
+    assert frame["label"].eq(1.0).all() and not frame["sampled"].any()
+    assert frame["quantity"].tolist() == [1, 2, 1, 1, 1] and frame["price"].tolist() == [3.0, 1.0, 2.0, 1.5, 3.0]
+    assert load_online_retail(folder=tmp_path, history=1)["text_a"].tolist() == ["CUP", "BOWL", "JUG", "CUP", "PLATE"]
+    assert load_online_retail(folder=tmp_path, history=9)["text_a"].tolist()[-1] == "PLATE | CUP | JUG"
+
+
+def test_retail_last_events_keep_their_history(tmp_path):
+    frame = load_online_retail(folder=write_retail(tmp_path), last_events=1)
+    assert frame[["text_a", "text_b"]].to_numpy().tolist() == [["BOWL | CUP", "PLATE"], ["PLATE | CUP | JUG", "BOWL"]]
+    one = load_online_retail(folder=tmp_path, max_users=1, seed=3)
+    assert one["user_id"].nunique() == 1
+    assert {load_online_retail(folder=tmp_path, max_users=1, seed=seed)["user_id"][0] for seed in range(20)} == {"7", "8"}
+
+
+def test_retail_negatives(tmp_path):
+    """Customer 7 never had a jug; customer 8 had all four products, so no negative exists for it."""
+    assert "ask for at most 0" in refusal(load_online_retail, folder=write_retail(tmp_path), negatives=1)
+    write_retail(
+        tmp_path, second=[*SECOND, ("13", "66666", "TRAY", 1, "2011-01-04", 2.0, 9.0), ("13", "77777", "FORK", 1, "2011-01-04", 4.0, 9.0)]
+    )
+    frame = load_online_retail(folder=tmp_path, negatives=2)
+    pd.testing.assert_frame_equal(frame, load_online_retail(folder=tmp_path, negatives=2))
+    assert frame["sample_id"].is_unique and len(frame) == 3 * 6
+    negative = frame[frame["sampled"]]
+    assert negative["label"].eq(0).all() and negative["quantity"].eq(0).all()
+    assert set(negative.loc[negative["user_id"] == "8", "text_b"]) == {"TRAY", "FORK"}
+    assert set(negative.loc[negative["user_id"] == "7", "text_b"]) <= {"JUG", "TRAY", "FORK"}
+    assert set(negative.loc[negative["text_b"] == "FORK", "price"]) == {4.0}
+    groups = frame.groupby("query_id")
+    assert groups["label"].sum().eq(1).all() and groups["item_id"].nunique().eq(3).all() and groups["text_a"].nunique().eq(1).all()
+
+
+def brute_force_returned(rows) -> list[bool]:
+    """Slow oracle of the rule: each cancellation takes back the latest earlier, still standing purchase of the same size."""
+    flags = [False] * len(rows)
+    for i, (user, item, quantity, cancelled) in enumerate(rows):
+        if cancelled and user is not None:
+            for j in range(i - 1, -1, -1):
+                if not rows[j][3] and not flags[j] and rows[j][:3] == (user, item, -quantity):
+                    flags[j] = True
+                    break
+    return flags
+
+
+events = st.tuples(st.sampled_from(["7", "8", None]), st.sampled_from(["a", "b"]), st.integers(1, 2), st.booleans())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(events, max_size=14))
+def test_returned_agrees_with_a_slow_oracle(drawn):
+    rows = [(user, item, -quantity if cancelled else quantity, cancelled) for user, item, quantity, cancelled in drawn]
+    lines = pd.DataFrame(rows, columns=["user_id", "item_id", "quantity", "cancelled"]).astype({"quantity": "int64", "cancelled": bool})
+    assert loaders._taken_back(lines).tolist() == brute_force_returned(rows)
+
+
+def test_retail_refusals(tmp_path):
+    write_retail(tmp_path)
+    assert "history is 0, expected a whole number of 1 or more" in refusal(load_online_retail, history=0, folder=tmp_path)
+    assert "negatives is -1" in refusal(load_online_retail, negatives=-1, folder=tmp_path)
+    assert "max_users is 2.5" in refusal(load_online_retail, max_users=2.5, folder=tmp_path)
+    assert "last_events is True" in refusal(load_online_retail, last_events=True, folder=tmp_path)
+    pd.read_parquet(tmp_path / "online_retail_2009_2010.parquet").drop(columns="Price").to_parquet(
+        tmp_path / "online_retail_2009_2010.parquet"
+    )
+    assert "column 'Price' is missing" in refusal(online_retail_lines, folder=tmp_path)
+    write_retail(tmp_path, first=[(*FIRST[0][:4], "1 May 2010", *FIRST[0][5:])])
+    assert "InvoiceDate must be like 2010-12-01 08:26:00; row 0 is '1 May 2010 10:00:00'" in refusal(online_retail_lines, folder=tmp_path)
+    cut(write_retail(tmp_path) / "online_retail_2010_2011.parquet")
+    assert "2010_2011.parquet: not a readable Parquet file" in refusal(online_retail_lines, folder=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def real_lines():
+    real("online_retail")
+    return online_retail_lines()
+
+
+def test_real_online_retail_lines(real_lines):
+    assert len(real_lines) == 525_461 + 531_282 - 22_130
+    assert real_lines["cancelled"].sum() == 10_206
+    assert real_lines["user_id"].nunique() == 5942 and "0" not in set(real_lines["user_id"])
+    returned = real_lines[real_lines["returned"]]
+    assert (returned["quantity"] > 0).all() and not returned["cancelled"].any()
+    cancelled = real_lines.loc[real_lines["cancelled"] & real_lines["user_id"].notna()]
+    matched = returned.groupby(["user_id", "item_id", "quantity"]).size()
+    possible = cancelled.assign(quantity=-cancelled["quantity"]).groupby(["user_id", "item_id", "quantity"]).size()
+    assert (matched <= possible.reindex(matched.index)).all()
+
+
+def test_real_online_retail_samples(real_lines):
+    frame = load_online_retail(max_users=50, last_events=4, negatives=2, history=3, seed=1)
+    bought = set(zip(real_lines["user_id"], real_lines["item_id"], strict=True))
+    pairs = list(zip(frame["user_id"], frame["item_id"], strict=True))
+    assert [pair in bought for pair in pairs] == (~frame["sampled"]).tolist()
+    assert frame["user_id"].nunique() == 50 and frame.groupby("user_id")["query_id"].nunique().max() == 4
+    assert frame["text_a"].str.count(r" \| ").max() == 2
+    assert frame[["text_a", "text_b", "label", "price"]].notna().all(axis=None)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- OBD
+
+
+def test_obd_rows_by_hand(tmp_path):
+    folder = tmp_path / "bts" / "men"
+    folder.mkdir(parents=True)
+    features = "user_feature_0,user_feature_1,user_feature_2,user_feature_3"
+    (folder / "men.csv").write_text(
+        f",timestamp,item_id,position,click,propensity_score,{features},user-item_affinity_0\n"
+        "0,2019-11-24 00:00:34.5+00:00,1,3,0,0.25,aaaaaaaa,bbbbbbbb,cccccccc,dddddddd,0.0\n"
+        "1,2019-11-24 00:00:35+00:00,0,1,1,0.5,aaaaaaaa,bbbbbbbb,cccccccc,12345678,0.0\n"
+    )
+    items = ",item_id,item_feature_0,item_feature_1,item_feature_2,item_feature_3\n"
+    (folder / "item_context.csv").write_text(items + "0,0,-0.499,eeeeeeee,ffffffff,00000000\n1,1,1.5,11111111,22222222,33333333\n")
+    frame = load_obd(policy="bts", campaign="men", folder=tmp_path)
+    assert frame["sample_id"].tolist() == ["obd:bts:men:0", "obd:bts:men:1"]
+    assert frame["text_a"].tolist() == ["user aaaaaa bbbbbb cccccc dddddd", "user aaaaaa bbbbbb cccccc 123456"]
+    assert frame["text_b"].tolist() == ["item 1 value +1.50 111111 222222 333333", "item 0 value -0.50 eeeeee ffffff 000000"]
+    assert frame["label"].tolist() == [0.0, 1.0] and frame["clicked"].tolist() == [False, True]
+    assert frame["position"].tolist() == [3, 1] and frame["propensity"].tolist() == [0.25, 0.5]
+    assert frame["timestamp"].tolist() == [pd.Timestamp("2019-11-24 00:00:34.5"), pd.Timestamp("2019-11-24 00:00:35")]
+    assert frame["user_id"].tolist() == ["aaaaaa-bbbbbb-cccccc-dddddd", "aaaaaa-bbbbbb-cccccc-123456"]
+    assert "policy is 'ts', expected one of 'random', 'bts'" in refusal(load_obd, policy="ts", folder=tmp_path)
+    assert "campaign is 'kids'" in refusal(load_obd, campaign="kids", folder=tmp_path)
+
+
+@pytest.mark.parametrize("policy", ["random", "bts"])
+@pytest.mark.parametrize("campaign", ["all", "men", "women"])
+def test_real_obd(policy, campaign):
+    real("obd")
+    frame = load_obd(policy=policy, campaign=campaign)
+    items = {"all": 80, "men": 34, "women": 46}[campaign]
+    assert len(frame) == 10_000 and frame["item_id"].nunique() == items == frame["text_b"].nunique()
+    assert set(frame["position"]) == {1, 2, 3} and 0.003 < frame["label"].mean() < 0.008
+    if policy == "random":
+        np.testing.assert_allclose(frame["propensity"], 1 / items)
+    # Six letters of a hash tell all its values apart: the tokens lose nothing.
+    raw = pd.read_csv(locate(f"obd/{policy}/{campaign}/{campaign}.csv"))
+    features = [f"user_feature_{i}" for i in range(4)]
+    assert frame["user_id"].nunique() == len(raw[features].drop_duplicates())
+
+
+# ---------------------------------------------------------------------------------------------------------------- WANDS and ESCI
+
+
+def write_wands(folder: Path) -> Path:
+    (folder / "query.csv").write_text('query_id\tquery\tquery_class\n0\tsalon chair\tMassage Chairs\n1\t"fawkes 36"" vanity"\t\n')
+    (folder / "product.csv").write_text(
+        "product_id\tproduct_name\tproduct_class\tcategory hierarchy\tproduct_description\tproduct_features\trating_count\t"
+        "average_rating\treview_count\n"
+        "7\tarm chair\tChairs|Seats\tFurniture / Chairs\tsoft, grey\tcolor:grey\t5.0\t4.5\t4.0\n"
+        "8\tvanity\t\t\t\t\t\t\t\n"
+    )
+    (folder / "label.csv").write_text("id\tquery_id\tproduct_id\tlabel\n5\t0\t7\tExact\n6\t0\t8\tIrrelevant\n9\t1\t8\tPartial\n")
+    return folder
+
+
+def test_wands_rows_by_hand(tmp_path):
+    frame = load_wands(folder=write_wands(tmp_path))
+    assert frame["sample_id"].tolist() == ["wands:5", "wands:6", "wands:9"]
+    assert frame["text_a"].tolist() == ["salon chair", "salon chair", 'fawkes 36" vanity']
+    assert frame["text_b"].tolist() == ["arm chair", "vanity", "vanity"]
+    assert frame["label"].tolist() == [1.0, 0.0, 0.5] and frame["grade"].tolist() == [2, 0, 1]
+    assert frame["query_id"].tolist() == ["0", "0", "1"] and frame["item_id"].tolist() == ["7", "8", "8"]
+    assert load_wands(folder=tmp_path, text="name and class")["text_b"].tolist() == ["arm chair. Chairs|Seats", "vanity", "vanity"]
+    assert load_wands(folder=tmp_path, text="name and description")["text_b"][0] == "arm chair. soft, grey"
+
+
+def test_wands_refusals(tmp_path):
+    write_wands(tmp_path)
+    assert "text is 'title'" in refusal(load_wands, text="title", folder=tmp_path)
+    label = tmp_path / "label.csv"
+    whole = label.read_text()
+    label.write_text(whole.replace("Partial", "partial"))
+    assert "labels must be Exact, Partial, Irrelevant; row 2 has 'partial'" in refusal(load_wands, folder=tmp_path)
+    label.write_text(whole + "10\t1\t99\tExact\n")
+    assert "1 values of product_id are not described in the data set's other file, the first is '99'" in refusal(
+        load_wands, folder=tmp_path
+    )
+    label.write_text(whole.replace("\t", ","))
+    assert "column 'id', 'query_id', 'product_id', 'label' is missing" in refusal(load_wands, folder=tmp_path)
+    label.write_text("")
+    assert "label.csv: the file is empty" in refusal(load_wands, folder=tmp_path)
+
+
+def write_esci(folder: Path) -> Path:
+    columns = ["example_id", "query", "query_id", "product_id", "product_locale", "esci_label", "small_version", "large_version", "split"]
+    rows = [
+        (0, "usb hub", 5, "B1", "us", "E", 1, 1, "train"),
+        (1, "usb hub", 5, "B2", "us", "S", 1, 1, "train"),
+        (2, "usb hub", 5, "B3", "us", "C", 0, 1, "train"),
+        (3, "vase", 6, "B3", "us", "I", 1, 1, "test"),
+        (4, "hub usb", 7, "B1", "es", "E", 1, 1, "test"),
+    ]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "shopping_queries_dataset_examples.parquet")
+    columns = [
+        "product_id",
+        "product_title",
+        "product_description",
+        "product_bullet_point",
+        "product_brand",
+        "product_color",
+        "product_locale",
+    ]
+    rows = [
+        ("B1", "Hub", "4 ports", None, "A", None, "us"),
+        ("B2", "Cable", None, None, None, None, "us"),
+        ("B3", "Vase", "", None, None, None, "us"),
+        ("B1", "Concentrador", None, None, "A", None, "es"),
+        ("B9", "Never judged", None, None, None, None, "us"),
+    ]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / "shopping_queries_dataset_products.parquet")
+    return folder
+
+
+def test_esci_rows_by_hand(tmp_path):
+    frame = load_esci(folder=write_esci(tmp_path))
+    assert frame["sample_id"].tolist() == ["esci:0", "esci:1", "esci:3"]
+    assert frame["label"].tolist() == [1.0, 0.1, 0.0] and frame["esci_label"].tolist() == ["E", "S", "I"]
+    assert frame["text_a"].tolist() == ["usb hub", "usb hub", "vase"] and frame["text_b"].tolist() == ["Hub", "Cable", "Vase"]
+    assert frame["query_id"].tolist() == ["5", "5", "6"] and frame["split"].tolist() == ["train", "train", "test"]
+    assert load_esci(folder=tmp_path, version="large")["label"].tolist() == [1.0, 0.1, 0.01, 0.0]
+    assert load_esci(folder=tmp_path, locale="es")["text_b"].tolist() == ["Concentrador"]
+    assert load_esci(folder=tmp_path, split="test")["sample_id"].tolist() == ["esci:3"]
+    assert load_esci(folder=tmp_path, text="title and description")["text_b"].tolist() == ["Hub. 4 ports", "Cable", "Vase"]
+
+
+def test_esci_refusals(tmp_path):
+    write_esci(tmp_path)
+    for option in (dict(locale="de"), dict(version="tiny"), dict(split="valid"), dict(text="brand")):
+        (name,) = option
+        assert f"{name} is {option[name]!r}, expected one of" in refusal(load_esci, folder=tmp_path, **option)
+    assert "esci, locale jp, small version: no rows" in refusal(load_esci, locale="jp", folder=tmp_path)
+    products = tmp_path / "shopping_queries_dataset_products.parquet"
+    whole = pd.read_parquet(products)
+    whole[whole["product_id"] != "B2"].to_parquet(products)
+    assert "1 values of product_id are not described in the data set's other file, the first is 'B2'" in refusal(load_esci, folder=tmp_path)
+    whole.drop(columns="product_title").to_parquet(products)
+    assert "column 'product_title' is missing" in refusal(load_esci, folder=tmp_path)
+    cut(products)
+    assert "products.parquet: not a readable Parquet file" in refusal(load_esci, folder=tmp_path)
