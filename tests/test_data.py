@@ -1,0 +1,145 @@
+"""The public face: one way in by name or path, every re-export, and nothing heavy imported."""
+
+import importlib
+import subprocess
+import sys
+
+import pandas as pd
+import pooch
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import recsys_importance.data as data
+from recsys_importance.data import registry
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_name_is_its_modules_own_object():
+    offered = {name for names in data._MODULES.values() for name in names}
+    assert set(data.__all__) == {"load", *data._all_} and set(data._all_) <= offered
+    for module, names in data._MODULES.items():
+        home = importlib.import_module(f"recsys_importance.data.{module}")
+        for name in names:
+            assert getattr(data, name) is getattr(home, name)
+    assert set(data.__all__) <= set(dir(data))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        data.nothing  # noqa: B018
+
+
+def test_import_loads_no_framework_and_no_downloader():
+    heavy = "('torch', 'tensorflow', 'transformers', 'obp', 'pooch', 'pandera', 'pandas', 'matplotlib')"
+    assert in_a_fresh_interpreter(f"import sys, recsys_importance.data; print([m for m in {heavy} if m in sys.modules])") == "[]"
+
+
+def test_everything_of_data_loads_no_framework():
+    heavy = "('torch', 'tensorflow', 'transformers', 'obp')"
+    code = f"import sys; from recsys_importance.data import *; print([m for m in {heavy} if m in sys.modules])"
+    assert in_a_fresh_interpreter(code) == "[]"
+
+
+def test_the_frame_module_needs_neither_downloads_nor_loaders():
+    code = "import sys, recsys_importance.data.frame; print([m for m in ('pooch', 'recsys_importance.data.loaders') if m in sys.modules])"
+    assert in_a_fresh_interpreter(code) == "[]"
+
+
+def test_every_data_set_of_the_registry_has_its_loader(monkeypatch):
+    loaders = importlib.import_module("recsys_importance.data.loaders")
+    for name in data.DATASETS:
+        if name == "shop":
+            continue
+        monkeypatch.setattr(loaders, f"load_{name}", lambda _name=name, **options: (_name, options))
+        assert data.load(name, some="option") == (name, {"some": "option"})
+
+
+def test_load_shop_passes_settings_and_seed():
+    settings = data.ShopSettings(queries=4, items=200, candidates=10, label_noise=0.25)
+    expected = data.simulate_shop(settings, seed=3)
+    pd.testing.assert_frame_equal(data.load("shop", queries=4, items=200, candidates=10, label_noise=0.25, seed=3), expected)
+    assert len(expected) == 40 and expected["noisy"].sum() == 10
+    with pytest.raises(TypeError, match="querys"):
+        data.load("shop", querys=4)
+
+
+def test_load_by_path(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("query,text_b,label\nmug,Mug red,1\n")
+    for form in (path, str(path)):
+        frame = data.load(form, columns={"text_a": "query"})
+        assert frame["sample_id"].tolist() == ["mine:0"] and frame["text_a"].tolist() == ["mug"]
+
+
+@pytest.mark.parametrize("name", ["chorus", "online_retail"])
+def test_a_data_set_wins_over_a_file_of_its_name(tmp_path, monkeypatch, name):
+    loaders = importlib.import_module("recsys_importance.data.loaders")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("in the way")
+    monkeypatch.setattr(loaders, f"load_{name}", lambda: "the data set")
+    assert data.load(name) == "the data set"
+
+
+def test_unknown_names_and_missing_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match="no data set is called 'corus'; did you mean 'chorus'. known: chorus, online_retail, obd, wands, esci, shop"
+    ):
+        data.load("corus")
+    with pytest.raises(ValueError, match="chorus.csv: no such file"):
+        data.load("chorus.csv")
+    with pytest.raises(ValueError, match="no such file"):
+        data.load("folder/chorus")
+    with pytest.raises(ValueError, match="files that end in '' are not read"):
+        (tmp_path / "log").write_text("x")
+        data.load("log")
+
+
+@given(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=10))
+def test_any_unknown_word_is_refused_with_the_known_names(word):
+    if word not in data.DATASETS:
+        with pytest.raises(ValueError, match="known: chorus, online_retail, obd, wands, esci, shop"):
+            data.load(word)
+
+
+@pytest.fixture
+def nothing_here(tmp_path, monkeypatch):
+    """A machine without cache, override, packages or network."""
+
+    def refuse(self, url, output_file, pooch):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(registry, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(registry, "_in_package", lambda file: None)
+    monkeypatch.setattr(registry.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", refuse)
+    monkeypatch.delenv(registry.OVERRIDE, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["chorus", "online_retail", "wands", "esci"])
+def test_without_network_each_data_set_says_so_and_leaves_nothing(nothing_here, name):
+    with pytest.raises(data.DatasetUnavailable, match=f"^{name}/.*no network.*use the simulated data set 'shop'"):
+        data.load(name)
+    assert [path for path in nothing_here.rglob("*") if path.is_file()] == []
+
+
+def test_without_its_package_obd_says_what_to_install(nothing_here):
+    with pytest.raises(data.DatasetUnavailable, match="pip install obp==0.4.1$"):
+        data.load("obd")
+
+
+def test_the_shop_needs_nothing(nothing_here):
+    assert len(data.load("shop", queries=2, items=200, candidates=8)) == 16
+
+
+def test_a_prepared_frame_survives_a_file(tmp_path):
+    """Shop to CSV and back: what training reads is the same, to the last bit."""
+    shop = data.load("shop", queries=3, items=200, candidates=8, label_noise=0.2, seed=1)
+    shop.to_csv(tmp_path / "shop.csv", index=False)
+    shop.to_parquet(tmp_path / "shop.parquet")
+    columns = ["sample_id", "text_a", "text_b", "label", "query_id", "user_id", "item_id", "position", "propensity", "price", "quantity"]
+    for ending in ("csv", "parquet"):
+        again = data.load(tmp_path / f"shop.{ending}")
+        pd.testing.assert_frame_equal(again[[*columns, "clicked", "noisy", "timestamp"]], shop[[*columns, "clicked", "noisy", "timestamp"]])
