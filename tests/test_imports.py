@@ -12,6 +12,7 @@ EXTRAS = [
     "papermill",
     "jupyterlab",
     "ipykernel",
+    "IPython",
     "ipywidgets",
     "nbconvert",
     "obp",
@@ -22,6 +23,7 @@ EXTRAS = [
     "nbdev",
     "execnb",
     "fastcore",
+    "fastgit",
     "ghapi",
     "pytest",
     "hypothesis",
@@ -57,17 +59,17 @@ def test_the_ground_floor_loads_neither_torch_nor_tensorflow(module, tmp_path):
 
 # The finder of installed packages answers "not found" for the extras, which is what a machine without them would answer.
 WITHOUT_EXTRAS = """
-import importlib, importlib.machinery, importlib.util, json, pkgutil, sys
+import importlib, importlib.util, json, pkgutil, sys
+from importlib.machinery import PathFinder
 
 absent = set({absent})
-find = importlib.machinery.PathFinder.find_spec
 
-class WithoutExtras:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return None if name.split(".")[0] in absent else find(name, path, target)
+class WithoutExtras(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in absent else super().find_spec(name, path, target)
 
-sys.meta_path = [WithoutExtras if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+sys.meta_path = [WithoutExtras if finder is PathFinder else finder for finder in sys.meta_path]
 still_there = sorted(name for name in absent if importlib.util.find_spec(name))
 
 import recsys_importance
