@@ -86,7 +86,7 @@ def _capped(xp, weights, clip: float):
     caps = xp.where(room > 0, clip * others / xp.where(room > 0, room, one), one * np.inf)
     return xp.minimum(weights, xp.min(caps, axis=-1, keepdims=True))
 
-# %% ../nbs/00_importance.ipynb #687afd0b
+# %% ../nbs/00_importance.ipynb #30e45a44
 @dataclass(frozen=True)
 class Weighting:
     """How scores become training weights.
@@ -134,7 +134,8 @@ class Weighting:
         """Weights of the samples at `progress`, the fraction of training done.
 
         scores: (..., N) as for `importance`; the last axis is the samples. Returns the same kind, shape and dtype.
-        Raises ValueError as `importance` does, if the threshold leaves no sample, or if the exponent is negative and a kept score is zero.
+        Raises ValueError as `importance` does, if the threshold leaves no sample, or if the exponent is negative and a kept score is
+        zero.
         """
         share = self.share(progress)
         xp, values, restore = _float64(scores)
@@ -158,18 +159,19 @@ class Weighting:
         kept = shares >= self.threshold
         if not bool(xp.all(xp.any(kept, axis=-1))):
             raise ValueError(
-                f"threshold {self.threshold} leaves no sample: the largest of {values.shape[-1]} importances is {float(xp.max(shares)):.3g}. "
-                "Importance sums to 1, so it shrinks with the number of samples; lower the threshold or use threshold_on='quantile'."
+                f"threshold {self.threshold} leaves none of {values.shape[-1]}: the largest importance is {float(xp.max(shares)):.3g}. "
+                "Importance sums to 1, so it shrinks as samples are added; lower the threshold or use threshold_on='quantile'."
             )
         return kept
 
-# %% ../nbs/00_importance.ipynb #8bf45db4
+# %% ../nbs/00_importance.ipynb #7ef72fa7
 def _powered(xp, scores, kept, exponent: float):
     """scores ** exponent up to a common factor, largest 1, and 0 where not kept."""
     zero = scores * 0
     if exponent < 0 and bool(xp.any(kept & (scores == 0))):
         raise ValueError(
-            f"exponent {exponent} gives a score of zero an infinite weight; drop such samples with a threshold, or add a small floor to the scores"
+            f"exponent {exponent} gives a score of zero an infinite weight; "
+            "drop such samples with a threshold, or add a small floor to the scores"
         )
     positive = scores > 0
     logs = exponent * xp.log(xp.where(positive, scores, zero + 1))

@@ -20,7 +20,7 @@ def in_a_fresh_interpreter(code: str) -> str:
 
 def test_every_name_is_its_modules_own_object():
     offered = {name for names in data._MODULES.values() for name in names}
-    assert set(data.__all__) == {"load", *data._all_} and set(data._all_) <= offered
+    assert set(data.__all__) == {"load", "obtain", "Obtained", *data._all_} and set(data._all_) <= offered
     for module, names in data._MODULES.items():
         home = importlib.import_module(f"recsys_importance.data.{module}")
         for name in names:

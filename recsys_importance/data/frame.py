@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'OPTIONAL', 'validate', 'completeness', 'require_complete']
 
-# %% ../../nbs/01_frame.ipynb #1a098fb2
+# %% ../../nbs/01_frame.ipynb #9c4a1f78
+from functools import lru_cache
+
 import numpy as np
 import pandas as pd
-import pandera.pandas as pa
 
 # %% ../../nbs/01_frame.ipynb #5094aac4
 REQUIRED = {
@@ -30,37 +31,37 @@ OPTIONAL = {
     "noisy": "True if the label is known to be wrong",
 }
 
-# %% ../../nbs/01_frame.ipynb #a01235b5
-def _rule(test, name: str) -> pa.Check:
-    return pa.Check(test, name=name, error=name, ignore_na=True)
+# %% ../../nbs/01_frame.ipynb #8179e938
+@lru_cache
+def _schema():
+    """pandera's schema of the tidy frame. pandera takes a second to import, so it is imported when a frame is validated."""
+    import pandera.pandas as pa
 
+    def rule(test, name: str) -> pa.Check:
+        return pa.Check(test, name=name, error=name, ignore_na=True)
 
-_TEXT = dict(dtype="str", nullable=True, coerce=True)
-_SCHEMA = pa.DataFrameSchema(
-    {
-        "sample_id": pa.Column("str", unique=True, nullable=False, coerce=True),
-        "text_a": pa.Column(**_TEXT),
-        "text_b": pa.Column(**_TEXT),
-        "label": pa.Column("float64", _rule(np.isfinite, "finite"), nullable=True, coerce=True),
-        "query_id": pa.Column(**_TEXT, required=False),
-        "user_id": pa.Column(**_TEXT, required=False),
-        "item_id": pa.Column(**_TEXT, required=False),
-        "timestamp": pa.Column("datetime64[ns]", nullable=True, coerce=True, required=False),
-        "position": pa.Column("Int64", _rule(lambda s: s >= 1, "1 or more"), nullable=True, coerce=True, required=False),
-        "propensity": pa.Column(
-            "float64", _rule(lambda s: (s > 0) & (s <= 1), "in (0, 1]"), nullable=True, coerce=True, required=False
-        ),
-        "price": pa.Column(
-            "float64", _rule(np.isfinite, "finite"), nullable=True, coerce=True, required=False
-        ),
-        "quantity": pa.Column("Int64", nullable=True, coerce=True, required=False),
-        "clicked": pa.Column("boolean", nullable=True, coerce=True, required=False),
-        "noisy": pa.Column("boolean", nullable=True, coerce=True, required=False),
-    },
-)
+    text = dict(dtype="str", nullable=True, coerce=True)
+    return pa.DataFrameSchema(
+        {
+            "sample_id": pa.Column("str", unique=True, nullable=False, coerce=True),
+            "text_a": pa.Column(**text),
+            "text_b": pa.Column(**text),
+            "label": pa.Column("float64", rule(np.isfinite, "finite"), nullable=True, coerce=True),
+            "query_id": pa.Column(**text, required=False),
+            "user_id": pa.Column(**text, required=False),
+            "item_id": pa.Column(**text, required=False),
+            "timestamp": pa.Column("datetime64[ns]", nullable=True, coerce=True, required=False),
+            "position": pa.Column("Int64", rule(lambda s: s >= 1, "1 or more"), nullable=True, coerce=True, required=False),
+            "propensity": pa.Column("float64", rule(lambda s: (s > 0) & (s <= 1), "in (0, 1]"), nullable=True, coerce=True, required=False),
+            "price": pa.Column("float64", rule(np.isfinite, "finite"), nullable=True, coerce=True, required=False),
+            "quantity": pa.Column("Int64", nullable=True, coerce=True, required=False),
+            "clicked": pa.Column("boolean", nullable=True, coerce=True, required=False),
+            "noisy": pa.Column("boolean", nullable=True, coerce=True, required=False),
+        },
+    )
 
-# %% ../../nbs/01_frame.ipynb #52351847
-def _first_failure(error: pa.errors.SchemaErrors) -> str:
+# %% ../../nbs/01_frame.ipynb #68916625
+def _first_failure(error) -> str:
     """One sentence on the first broken rule of a pandera report."""
     cases = error.failure_cases
     first = cases.iloc[0]
@@ -72,7 +73,7 @@ def _first_failure(error: pa.errors.SchemaErrors) -> str:
     same = cases[(cases["check"] == first["check"]) & (cases["column"] == first["column"])]
     rule = {"field_uniqueness": "unique", "not_nullable": "not missing"}.get(first["check"], first["check"])
     if rule.startswith(("coerce_dtype", "dtype")):
-        rule = f"readable as {_SCHEMA.columns[column].dtype}"
+        rule = f"readable as {_schema().columns[column].dtype}"
     rows = ", ".join(
         f"row {int(i)} ({str(v)[:40]!r})" if pd.notna(i) else repr(str(v)[:80])
         for i, v in same[["index", "failure_case"]].head(3).itertuples(index=False)
@@ -89,9 +90,11 @@ def validate(frame: pd.DataFrame, *, source: str = "frame") -> pd.DataFrame:
     """
     if frame.empty:
         raise ValueError(f"{source}: no rows; expected at least one sample with columns {', '.join(REQUIRED)}")
+    from pandera.errors import SchemaErrors
+
     try:
-        return _SCHEMA.validate(frame.reset_index(drop=True), lazy=True)
-    except pa.errors.SchemaErrors as error:
+        return _schema().validate(frame.reset_index(drop=True), lazy=True)
+    except SchemaErrors as error:
         raise ValueError(f"{source}: {_first_failure(error)}; correct the file or map its columns") from None
 
 # %% ../../nbs/01_frame.ipynb #72046a5a
