@@ -1,0 +1,70 @@
+"""Tiny pair models for the tests: two layers, hidden size 32, built from a configuration, with a vocabulary of words written here."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from recsys_importance.models import CrossEncoder, PairModel, TwoTower
+
+# With two layers of 32, threads only wait for one another; one thread also adds up in one order.
+torch.set_num_threads(1)
+
+WORDS = [
+    "red", "blue", "green", "mug", "cup", "tea", "pot", "usb", "hub", "cable", "printer", "lamp", "desk",
+    "chair", "wool", "sock", "hat", "glass", "steel", "small", "large", "set", "of", "with", "for",
+]  # fmt: skip
+
+
+def tiny_tokenizer(names=("input_ids", "token_type_ids", "attention_mask")):
+    """A word tokenizer that joins and pads as BERT's does; `names` are the inputs that the model takes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=list(names),
+    )
+
+
+def tiny_config(*, dropout: float = 0.1, **changes):
+    from transformers import BertConfig
+
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=80)
+    options = dict(vocab_size=len(WORDS) + 4, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=0.2)
+    return BertConfig(**sizes | options | changes)
+
+
+def tiny_pair(architecture: str = "two_tower", *, seed: int = 0, dropout: float = 0.1, device: str = "cpu") -> PairModel:
+    """A random pair model in eval mode."""
+    from transformers import BertForSequenceClassification, BertModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if architecture == "two_tower":
+            model = TwoTower(BertModel(tiny_config(dropout=dropout), add_pooling_layer=False))
+        else:
+            model = CrossEncoder(BertForSequenceClassification(tiny_config(dropout=dropout, num_labels=1)))
+    return PairModel(model.to(device).eval(), tiny_tokenizer())
+
+
+def tiny_frame(count: int, *, seed: int = 0, queries: int = 4, prefix: str = "s") -> pd.DataFrame:
+    """Pairs of made-up texts of 1 to 9 words; a pair is relevant if the texts share a word."""
+    rng = np.random.default_rng(seed)
+    text = [" ".join(rng.choice(WORDS, rng.integers(1, 4), replace=False)) for _ in range(queries)]
+    rows = []
+    for number in range(count):
+        candidate = " ".join(rng.choice(WORDS, rng.integers(1, 10), replace=False))
+        shared = len(set(text[number % queries].split()) & set(candidate.split()))
+        rows.append((f"{prefix}{number:04d}", text[number % queries], candidate, min(shared, 1) * 1.0, f"q{number % queries}"))
+    return pd.DataFrame(rows, columns=["sample_id", "text_a", "text_b", "label", "query_id"])
