@@ -9,8 +9,9 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 STUDY ?= weighted_bert
-DATA ?= auto
+DATA ?=
 PARAMS ?=
+CONFIG ?=
 ARGS ?=
 
 # The environment's programs. Given on the command line, that environment is used as it is: make BIN="$CONDA_PREFIX"/bin test
@@ -34,7 +35,7 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  Variables: STUDY=weighted_bert DATA=auto|chorus|shop|path/to/file.csv PARAMS="noise=0.2 seeds=3" for study,'
+	@echo '  Variables: STUDY=weighted_bert DATA=auto|chorus|shop|path/to/file.csv PARAMS="noise=0.2 seeds=3" CONFIG=file.yaml for study,'
 	@echo '  ARGS="-k name" for test, PYTHON=python3.12 and TORCH_INDEX=https://... (a further wheel index for torch) for set-up.'
 
 # .venv/.made holds what .venv was made from: its Python version, this folder, the pins. `unfinished` there means that a set-up was
@@ -77,7 +78,7 @@ setup: ## set up .venv with the pinned versions (the other targets do it themsel
 	echo ".venv is ready"
 
 study: $(SETUP) ## run a study and say where its report is
-	@$(BIN)/recsys-importance study '$(STUDY)' --data '$(DATA)' $(foreach pair,$(PARAMS),--set '$(pair)')
+	@$(BIN)/recsys-importance study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(CONFIG),--config '$(CONFIG)') $(foreach pair,$(PARAMS),--set '$(pair)')
 
 test: $(SETUP) ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
@@ -115,7 +116,7 @@ sync: $(SETUP) ## fail with the difference if clean, export or readme would chan
 	rm -f nbs/images/README_*; \
 	$(BIN)/nbdev_clean; \
 	$(BIN)/nbdev_export; \
-	if [ -e nbs/index.ipynb ]; then $(README); fi; \
+	$(README); \
 	same=yes; \
 	for made in nbs recsys_importance README.md; do \
 	  diff -ru -x __pycache__ -x .ipynb_checkpoints "$(CURDIR)/$$made" "$$made" || same=; \

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'resumed', 'study_parameters', 'check_parameters', 'run_study',
-           'write_report']
+__all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'report_folder', 'resumed', 'study_parameters', 'check_parameters',
+           'run_study', 'write_report']
 
 # %% ../nbs/41_study.ipynb #76c25cb0
 _RECORDED = ("recsys_importance", "torch", "transformers", "accelerate", "numpy", "pandas", "scikit-learn", "scipy")
@@ -99,6 +99,16 @@ def write_results(folder: str | Path, results: dict) -> Path:
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     return path
 
+# %% ../nbs/41_study.ipynb #43f54c72
+def report_folder(path: str | Path) -> Path:
+    """The absolute folder of a report.
+
+    A relative path starts at the root of the checkout around the current folder, or at the current folder where there is none.
+    """
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if (folder / "settings.ini").is_file()), here)
+    return root / path
+
 # %% ../nbs/41_study.ipynb #00b261d8
 def _code() -> str:
     """sha256 over the package's modules."""
@@ -131,7 +141,7 @@ def resumed(folder: str | Path, name: str, identity: dict, compute: Callable[[],
     _replace_text(path, json.dumps({"identity": key, "value": value}))
     return json.loads(json.dumps(value))  # the same types, resumed or not
 
-# %% ../nbs/41_study.ipynb #3c89576a
+# %% ../nbs/41_study.ipynb #5200c231
 def _papermill():
     try:
         import papermill
@@ -141,7 +151,10 @@ def _papermill():
 
 
 def study_parameters(notebook: str | Path) -> dict:
-    """Name → default of a notebook's parameters, in order. Raises ValueError without exactly one cell tagged `parameters`, FileNotFoundError without a file."""
+    """Name → default of a notebook's parameters, in order.
+
+    Raises ValueError unless exactly one cell is tagged `parameters`, FileNotFoundError without a file.
+    """
     import ast
 
     path = Path(notebook)

@@ -94,7 +94,7 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-# %% ../nbs/30_training.ipynb #268d8918
+# %% ../nbs/30_training.ipynb #2dc80847
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a pair model is fine-tuned.
@@ -202,7 +202,7 @@ def fine_tune(
             warmup_steps=settings.warmup,
             lr_scheduler_type="linear",
             weight_decay=settings.weight_decay,
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             eval_strategy="steps",
             eval_steps=every,
             eval_on_start=True,
