@@ -1,5 +1,6 @@
 """Every notebook under nbs/ runs from top to bottom in a clean kernel, by papermill, in the folder where a reader would open it."""
 
+import json
 from pathlib import Path
 
 import nbformat
@@ -11,7 +12,9 @@ NOTEBOOKS = sorted(path.relative_to(NBS).as_posix() for path in NBS.rglob("*.ipy
 CELL_LIMIT_S = 300
 
 # The parameters with which a study is quick enough for a test. Every study has a line; {} means that its defaults are.
-QUICK = {}
+QUICK = {
+    "studies/weighted_bert.ipynb": {"pairs": 32, "seeds": 1, "epochs": 1, "test_pairs": 60},
+}
 
 
 def files_below(folder):
@@ -34,9 +37,25 @@ def test_a_parameter_that_a_notebook_does_not_have_is_refused():
         refuse_unknown(NOTEBOOKS[0], {"epohcs": 1})
 
 
+def check_results(name, parameters, results, shown):
+    """What every study's results.json has to say, and that its notebook says which data it ran on."""
+    assert results["study"] == Path(name).stem
+    assert {key: results["parameters"][key] for key in parameters if key != "report_dir"} == QUICK[name]
+    assert results["data"]["rows"] > 0 and results["data"]["simulated"] is (results["data"]["name"] == "shop")
+    assert ("SIMULATED" in shown) is results["data"]["simulated"]
+    assert results["environment"]["versions"]["torch"] and results["environment"]["device"]
+    assert results["duration_s"] > 0
+    keys = [(row.get("noise"), row["variant"], row["seed"]) for row in results["results"]]
+    assert len(set(keys)) == len(keys) and {seed for _, _, seed in keys} == set(range(results["parameters"]["seeds"]))
+    for row in results["results"]:
+        assert 0 <= row["ndcg@10"] <= 1 and 0 <= row["auc"] <= 1
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     parameters = QUICK.get(name, {})
+    if name in QUICK:
+        parameters = parameters | {"report_dir": str(tmp_path / "report")}
     refuse_unknown(name, parameters)
     monkeypatch.delenv("MPLBACKEND")  # conftest.py sets it for the tests themselves; a kernel draws inline
     before = files_below(NBS)
@@ -57,3 +76,6 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     assert all(cell.execution_count for cell in cells)
     assert [output.ename for cell in cells for output in cell.outputs if output.output_type == "error"] == []
     assert files_below(NBS) == before
+    if name in QUICK:
+        results = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
+        check_results(name, parameters, results, "".join(str(cell.outputs) for cell in cells))

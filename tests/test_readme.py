@@ -1,0 +1,46 @@
+"""The README's promises: its example runs as printed, its links lead somewhere, its commands exist."""
+
+import os
+import re
+import subprocess
+import sys
+
+
+def blocks(repository, language):
+    return re.findall(rf"```{language}\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_import_example_runs_as_printed(repository, tmp_path):
+    (example,) = blocks(repository, "python")
+    assert len(example.splitlines()) <= 14
+    run = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"MPLBACKEND": "Agg"}
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    printed = re.fullmatch(r"NDCG@10 on unseen queries: (\d\.\d\d)\n", run.stdout)
+    assert printed and 0 < float(printed[1]) <= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_link_and_image_is_a_file(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert len(links) > 15
+    assert [link for link in links if not (repository / link).exists()] == []
+
+
+def test_the_two_commands_come_first(repository):
+    first = blocks(repository, "console")[0].splitlines()
+    assert [line.split("#")[0].strip() for line in first] == ["make study", "make test"]
+
+
+def test_every_notebook_is_on_the_map(repository):
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    notebooks = [path.relative_to(repository).as_posix() for path in (repository / "nbs").rglob("*.ipynb") if path.stem != "index"]
+    assert [name for name in notebooks if ".ipynb_checkpoints" not in name and f"]({name})" not in text] == []
+
+
+def test_every_make_target_it_names_exists(repository):
+    targets = set(re.findall(r"^([a-z]+):", (repository / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", (repository / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert named and named <= targets
