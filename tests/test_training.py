@@ -171,13 +171,15 @@ def test_fine_tuning_is_the_loop_written_by_hand(architecture, rule, train, vali
     expected, losses = trained_by_hand(pair, train, validation, settings, weights, rule or Weighting())
     found, result = trained(train, validation, architecture=architecture, dropout=0.0, scores=given, weighting=rule)
     before = weights_of(tiny_pair(architecture).model)
-    moved = math.sqrt(sum((expected[name] - before[name]).square().sum().item() for name in expected))
-    apart = math.sqrt(sum((expected[name] - found[name]).square().sum().item() for name in expected))
-    assert moved > 0.05 and apart < 1e-3 * moved
+    # The softmax of attention does not depend on the keys' bias: its gradient is rounding, which Adam makes into steps of full size.
+    names = [name for name in expected if not name.endswith("key.bias")]
+    moved = math.sqrt(sum((expected[name] - before[name]).square().sum().item() for name in names))
+    apart = math.sqrt(sum((expected[name] - found[name]).square().sum().item() for name in names))
+    assert moved > 0.05 and apart < 2e-5 * moved
     steps = result.history["step"].tolist()
     assert steps == [0, 2, 4, 6, 8] and np.isnan(result.history["loss"][0])
     by_row = [np.mean(losses[first:last]) for first, last in zip(steps, steps[1:], strict=False)]
-    np.testing.assert_allclose(result.history["loss"][1:], by_row, rtol=1e-3)
+    np.testing.assert_allclose(result.history["loss"][1:], by_row, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -273,7 +275,9 @@ def test_it_learns_what_it_is_shown(architecture, loss, train):
     """Fitted to thirty pairs, which also validate: the pairs with label 1 end up above the others."""
     pair = tiny_pair(architecture, dropout=0.0)
     before = evaluate(train, predict(pair, train)).summary["auc"]
-    fine_tune(pair, train, train, TrainingSettings(epochs=30, batch_size=8, learning_rate=5e-3, loss=loss, patience=100))
+    fine_tune(
+        pair, train, train, TrainingSettings(epochs=15, batch_size=8, learning_rate=3e-3, loss=loss, evaluations_per_epoch=1, patience=100)
+    )
     after = evaluate(train, predict(pair, train)).summary["auc"]
     assert after > 0.9 > before
     assert not any(module.training for module in pair.model.modules())
