@@ -5,24 +5,34 @@
 # %% auto #0
 __all__ = ['Evaluation', 'evaluate', 'Interval', 'paired_interval']
 
-# %% ../nbs/09_evaluation.ipynb #c5c9aff5
+# %% ../nbs/09_evaluation.ipynb #44c8b8cf
+from math import comb
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import bootstrap
 from sklearn.metrics import ndcg_score, roc_auc_score
 
-# %% ../nbs/09_evaluation.ipynb #89cd8fd5
+# %% ../nbs/09_evaluation.ipynb #16fa2384
+def _reciprocal_rank(relevant, scores) -> float:
+    """1 / rank of the first relevant candidate, averaged over the orders that ties allow; missing without a relevant one."""
+    if not relevant.any():
+        return np.nan
+    best = scores[relevant].max()
+    better, tied, hits = int((scores > best).sum()), int((scores == best).sum()), int((relevant & (scores == best)).sum())
+    orders = comb(tied, hits)
+    return sum(comb(tied - place, hits - 1) / orders / (better + place) for place in range(1, tied - hits + 2))
+
+
 def _one_query(labels, scores, probabilities, k: int, highest_grade: int) -> dict:
     """Metrics of one query; missing where undefined. labels, scores, probabilities: (C,) for C candidates."""
     relevant = labels >= 0.5
-    ranks = rankdata(-scores, method="average")  # ties share their mean rank
     gains = 2.0 ** (highest_grade * labels) - 1
     both = relevant.any() and not relevant.all()
     row = {
         f"ndcg@{k}": np.nan if gains.max() <= 0 else 1.0 if len(gains) == 1 else float(ndcg_score([gains], [scores], k=k)),
-        "mrr": 1 / ranks[relevant].min() if relevant.any() else np.nan,
+        "mrr": _reciprocal_rank(relevant, scores),
         "auc": roc_auc_score(relevant, scores) if both else np.nan,
         "candidates": len(labels),
         "grades": len(np.unique(labels)),
@@ -32,7 +42,7 @@ def _one_query(labels, scores, probabilities, k: int, highest_grade: int) -> dic
         row["log_loss"] = float(-(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean())
     return row
 
-# %% ../nbs/09_evaluation.ipynb #7b6741af
+# %% ../nbs/09_evaluation.ipynb #92aa8539
 class Evaluation(NamedTuple):
     """`per_query`: one row per query, missing where undefined. `summary`: means over the defined queries, pooled AUC, counts."""
 
@@ -78,6 +88,8 @@ def evaluate(frame: pd.DataFrame, scores, *, probabilities=None, k: int = 10, hi
 
 def _checked(frame: pd.DataFrame, scores, probabilities) -> tuple[np.ndarray, dict]:
     """labels (N,) and the row numbers of each query, or ValueError."""
+    if frame.empty:
+        raise ValueError("the frame has no rows; there is nothing to evaluate")
     for column in ("query_id", "label"):
         if column not in frame or frame[column].isna().any():
             state = "missing" if column not in frame else f"empty in {int(frame[column].isna().sum())} rows"
@@ -98,7 +110,7 @@ def _checked(frame: pd.DataFrame, scores, probabilities) -> tuple[np.ndarray, di
             raise ValueError(f"probabilities must be in [0, 1], got {values.min():g} to {values.max():g}; apply the sigmoid to logits")
     return labels, frame.reset_index(drop=True).groupby("query_id", sort=True).indices
 
-# %% ../nbs/09_evaluation.ipynb #55ac2d9a
+# %% ../nbs/09_evaluation.ipynb #3d9ff09b
 class Interval(NamedTuple):
     """A mean difference with its bootstrap interval over `queries` shared queries."""
 
@@ -115,6 +127,12 @@ def paired_interval(first: pd.Series, second: pd.Series, *, level: float = 0.95,
     query first.
     Raises ValueError if fewer than two queries are defined in both. Source: Efron and Tibshirani (1993), chapter 13; Sakai (SIGIR 2006).
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, such as 0.95, got {level}")
+    for values in (first, second):
+        if values.index.has_duplicates:
+            twice = values.index[values.index.duplicated()][0]
+            raise ValueError(f"query {twice!r} comes twice; average over seeds per query first")
     difference = (first - second).dropna().to_numpy(dtype=np.float64)
     if len(difference) < 2:
         raise ValueError(f"{len(difference)} queries define both metrics; a paired interval needs at least 2")

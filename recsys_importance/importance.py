@@ -13,7 +13,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['importance', 'Weighting', 'effective_sample_size']
 
-# %% ../nbs/00_importance.ipynb #b9a5ef6c
+# %% ../nbs/00_importance.ipynb #84b3ba2c
 def _float64(scores):
     """(namespace, scores in float64 and cut from any graph, function back to the caller's kind and dtype)."""
     framework = type(scores).__module__.partition(".")[0]
@@ -22,25 +22,40 @@ def _float64(scores):
         from tensorflow.experimental import numpy as namespace
 
         given = tf.convert_to_tensor(scores)
+        _check_numeric(given.dtype, given.dtype.is_floating or given.dtype.is_integer)
         dtype = given.dtype if given.dtype.is_floating else tf.float64
-        return namespace, tf.stop_gradient(tf.cast(given, tf.float64)), lambda x: tf.cast(x, dtype)
-    if framework == "torch":
+        values, back = tf.stop_gradient(tf.cast(given, tf.float64)), lambda x: tf.cast(x, dtype)
+    elif framework == "torch":
         import torch
         from array_api_compat import torch as namespace
 
+        _check_numeric(scores.dtype, not scores.dtype.is_complex and scores.dtype != torch.bool)
         dtype = scores.dtype if scores.dtype.is_floating_point else torch.float64
         wide = torch.float32 if scores.device.type == "mps" else torch.float64  # Apple's GPU has no float64
-        return namespace, scores.detach().to(wide), lambda x: x.to(dtype)
-    given = np.asarray(scores)
-    if given.dtype.kind not in "iuf":
-        raise ValueError(f"scores must be numbers, got dtype {given.dtype}")
-    dtype = given.dtype if given.dtype.kind == "f" else np.dtype("float64")
-    return np, given.astype(np.float64), lambda x: x.astype(dtype)
+        values, back = scores.detach().to(wide), lambda x: x.to(dtype)
+    else:
+        namespace, given = np, np.asarray(scores)
+        _check_numeric(given.dtype, given.dtype.kind in "iuf")
+        dtype = given.dtype if given.dtype.kind == "f" else np.dtype("float64")
+        values, back = given.astype(np.float64), lambda x: np.asarray(x).astype(dtype, copy=False)[()]
 
-# %% ../nbs/00_importance.ipynb #5c940874
+    def restore(x):
+        result = back(x)
+        if bool(namespace.any(namespace.isinf(result))):
+            raise ValueError(f"the largest result, {float(namespace.max(x)):.6g}, does not fit {dtype}; pass the scores in float32")
+        return result
+
+    return namespace, values, restore
+
+
+def _check_numeric(dtype, numeric: bool) -> None:
+    if not numeric:
+        raise ValueError(f"scores must be numbers, got dtype {dtype}")
+
+# %% ../nbs/00_importance.ipynb #d9ae6dee
 def _check(xp, scores, axis: int) -> None:
     """Raise ValueError unless scores are (..., N) with N > 0, finite, not negative, and not all zero along `axis`."""
-    if not scores.shape or 0 in tuple(scores.shape):
+    if not tuple(scores.shape) or 0 in tuple(scores.shape):
         raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (..., N) with at least one sample")
     for fault, found in (
         ("NaN", xp.isnan(scores)),
@@ -71,22 +86,25 @@ def importance(scores, *, axis: int = -1):
     values = values / xp.max(values, axis=axis, keepdims=True)
     return restore(values / xp.sum(values, axis=axis, keepdims=True))
 
-# %% ../nbs/00_importance.ipynb #a1f4b971
+# %% ../nbs/00_importance.ipynb #2d6c4dea
 def _capped(xp, weights, clip: float):
     """Weights cut at the cap c for which c = clip * mean of the cut positive weights.
 
     With m weights at the cap and r_m the sum of the others, c_m = clip * r_m / (K - clip * m) for K positive weights. The mean of the
     cut weights is the least of (m c + r_m) / K over m, so c is the least c_m over the m with a positive denominator: no search.
+    Weights may be infinite.
     """
-    one = weights * 0 + 1
+    one = xp.ones_like(weights)
     positive = xp.sum(xp.where(weights > 0, one, one * 0), axis=-1, keepdims=True)  # K (..., 1)
     others = xp.cumsum(xp.sort(weights, axis=-1), axis=-1)  # r_m (..., N), at place N - 1 - m
     at_cap = weights.shape[-1] - xp.cumsum(one, axis=-1)  # m (..., N): N - 1 … 0
     room = positive - clip * at_cap
     caps = xp.where(room > 0, clip * others / xp.where(room > 0, room, one), one * np.inf)
-    return xp.minimum(weights, xp.min(caps, axis=-1, keepdims=True))
+    cap = xp.min(caps, axis=-1, keepdims=True)
+    # With a share of 1 / clip or more infinite weights, those share everything evenly.
+    return xp.where(cap < np.inf, xp.minimum(weights, cap), xp.where(weights < np.inf, one * 0, one))
 
-# %% ../nbs/00_importance.ipynb #30e45a44
+# %% ../nbs/00_importance.ipynb #553da29e
 @dataclass(frozen=True)
 class Weighting:
     """How scores become training weights.
@@ -134,8 +152,8 @@ class Weighting:
         """Weights of the samples at `progress`, the fraction of training done.
 
         scores: (..., N) as for `importance`; the last axis is the samples. Returns the same kind, shape and dtype.
-        Raises ValueError as `importance` does, if the threshold leaves no sample, or if the exponent is negative and a kept score is
-        zero.
+        Raises ValueError as `importance` does, if the threshold leaves no sample, or if a kept score is zero
+        under a negative exponent without a clip.
         """
         share = self.share(progress)
         xp, values, restore = _float64(scores)
@@ -143,6 +161,11 @@ class Weighting:
         weights = _powered(xp, values, self._kept(xp, values), self.exponent)
         if self.clip is not None:
             weights = _capped(xp, weights, self.clip)
+        elif bool(xp.any(xp.isinf(weights))):
+            raise ValueError(
+                f"exponent {self.exponent} gives a score of zero an infinite weight; "
+                "set a clip, which bounds it, or drop such samples with a threshold"
+            )
         weights = weights / xp.sum(weights, axis=-1, keepdims=True)
         weights = (1 - share) / values.shape[-1] + share * weights
         return restore(weights * values.shape[-1] if self.normalisation == "mean" else weights)
@@ -152,32 +175,31 @@ class Weighting:
         if self.threshold is None:
             return values >= 0
         if self.threshold_on == "quantile":
-            place = int(self.threshold * values.shape[-1])
+            place = int(self.threshold * values.shape[-1] + 1e-9)  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
             return values >= xp.sort(values, axis=-1)[..., place : place + 1]
         values = values / xp.max(values, axis=-1, keepdims=True)
         shares = values / xp.sum(values, axis=-1, keepdims=True)
         kept = shares >= self.threshold
-        if not bool(xp.all(xp.any(kept, axis=-1))):
+        largest = float(xp.min(xp.max(shares, axis=-1)))
+        if largest < self.threshold:
             raise ValueError(
-                f"threshold {self.threshold} leaves none of {values.shape[-1]}: the largest importance is {float(xp.max(shares)):.3g}. "
+                f"threshold {self.threshold} leaves none of {values.shape[-1]}: the largest importance is {largest:.3g}. "
                 "Importance sums to 1, so it shrinks as samples are added; lower the threshold or use threshold_on='quantile'."
             )
         return kept
 
-# %% ../nbs/00_importance.ipynb #7ef72fa7
+# %% ../nbs/00_importance.ipynb #71a0eb67
 def _powered(xp, scores, kept, exponent: float):
-    """scores ** exponent up to a common factor, largest 1, and 0 where not kept."""
-    zero = scores * 0
-    if exponent < 0 and bool(xp.any(kept & (scores == 0))):
-        raise ValueError(
-            f"exponent {exponent} gives a score of zero an infinite weight; "
-            "drop such samples with a threshold, or add a small floor to the scores"
-        )
-    positive = scores > 0
+    """scores ** exponent up to a common factor, and 0 where not kept.
+
+    The largest finite one is 1; a zero score under a negative exponent is infinite.
+    """
+    zero, positive = xp.zeros_like(scores), scores > 0
     logs = exponent * xp.log(xp.where(positive, scores, zero + 1))
     counts = kept & positive if exponent != 0 else kept
     largest = xp.max(xp.where(counts, logs, zero - np.inf), axis=-1, keepdims=True)
-    return xp.where(counts, xp.exp(xp.where(counts, logs - largest, zero)), zero)
+    powers = xp.where(counts, xp.exp(xp.where(counts, logs - largest, zero)), zero)
+    return xp.where(kept & (scores == 0), zero + np.inf, powers) if exponent < 0 else powers
 
 # %% ../nbs/00_importance.ipynb #8addb531
 def effective_sample_size(weights, *, axis: int = -1):

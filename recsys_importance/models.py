@@ -94,17 +94,17 @@ def encoder_path(encoder: str | Path = "minilm") -> str:
         )
     return str(encoder)
 
-# %% ../nbs/10_models.ipynb #93f8bb9a
+# %% ../nbs/10_models.ipynb #875c1ea8
 def pick_device(device: str = "auto") -> torch.device:
     """The torch device for "auto", "cpu", "cuda", "cuda:1", "mps"; raises ValueError if it is not available here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    chosen = torch.device(device)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(chosen.type, False):
-        found = ", ".join(name for name, there in available.items() if there)
-        raise ValueError(f"device {device!r} is not available; found: {found}. Use device='auto' to take the best one.")
-    return chosen
+    found = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        found += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if device not in found:
+        raise ValueError(f"device {device!r} is not available; found: {', '.join(found)}. Use device='auto' to take the best one.")
+    return torch.device(device)
 
 
 def autocast(device: torch.device):
@@ -151,7 +151,7 @@ class CrossEncoder(torch.nn.Module):
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         return self.classifier(**inputs).logits[:, 0]
 
-# %% ../nbs/10_models.ipynb #d59bb3ef
+# %% ../nbs/10_models.ipynb #b15fb621
 class PairModel(NamedTuple):
     """A model of text pairs, (B,) logits from a batch, and its tokenizer."""
 
@@ -188,6 +188,9 @@ def _pretrained(auto_class, encoder: str | Path, **options):
         ) from error
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
 def _without_pooler(encoder: torch.nn.Module) -> torch.nn.Module:
     """The encoder without BERT's pooler, which mean pooling does not use: parameters that no loss reaches would have no gradient."""
     if getattr(encoder, "pooler", None) is not None:
@@ -213,6 +216,10 @@ def load_pair_model(
     if architecture not in ("two_tower", "cross_encoder"):
         raise ValueError(f"architecture must be 'two_tower' or 'cross_encoder', got {architecture!r}")
     chosen = pick_device(device)
+    folder = Path(encoder_path(encoder))
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make up a tokenizer to which every word is unknown
+        raise OSError(f"encoder {str(encoder)!r} could not be loaded: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     tokenizer = _pretrained(AutoTokenizer, encoder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

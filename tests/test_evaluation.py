@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from recsys_importance.evaluation import Interval, evaluate, paired_interval
 
-GRADES = [0.0, 1 / 3, 2 / 3, 1.0]
+GRADES = [0.0, 1 / 3, 0.5, 2 / 3, 1.0]
 
 
 def one_query(labels) -> pd.DataFrame:

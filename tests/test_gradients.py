@@ -597,7 +597,6 @@ def test_leftovers_of_a_kill_before_the_first_shard_do_no_harm(tmp_path, uninter
         ("batch_size", dict(batch_size=4)),
         ("shard_size", dict(shard_size=9)),
         ("samples", dict(dataset=Points(21))),
-        ("first", dict(dataset=Points(sample_id=[f"t{i:03d}" for i in range(22)]))),
     ],
 )
 def test_another_run_is_refused_the_folder(key, change, tmp_path):
@@ -608,6 +607,12 @@ def test_another_run_is_refused_the_folder(key, change, tmp_path):
     ):
         score_points(tmp_path, **change)
     assert contents(tmp_path) == before
+
+
+def test_samples_of_another_name_are_refused_the_folder(tmp_path):
+    score_points(tmp_path)
+    with pytest.raises(ValueError, match="holds scores of another run: samples 0 to 7 had other contents"):
+        score_points(tmp_path, Points(sample_id=[f"t{i:03d}" for i in range(22)]))
 
 
 @pytest.mark.parametrize("column", ["x", "y"])

@@ -28,7 +28,7 @@ def to_framework(values, framework, dtype="float64"):
 
 
 def to_numpy(values) -> np.ndarray:
-    return values if isinstance(values, np.ndarray) else np.asarray(values.numpy())
+    return np.asarray(values.numpy() if hasattr(values, "numpy") else values)
 
 
 def exact_importance(scores) -> list[Fraction]:
@@ -277,7 +277,10 @@ def test_wide_scores_with_a_large_exponent():
 
 def test_a_zero_score_weighs_zero_and_an_inverse_refuses_it():
     assert Weighting(exponent=0.5)([0.0, 4.0, 1.0]).tolist() == pytest.approx([0, 2, 1])
-    with pytest.raises(ValueError, match=r"exponent -1 gives a score of zero an infinite weight; drop such samples with a threshold"):
+    with pytest.raises(
+        ValueError,
+        match=r"exponent -1 gives a score of zero an infinite weight; set a clip, which bounds it, or drop such samples with a threshold",
+    ):
         Weighting(exponent=-1)([0.0, 1.0])
     kept = Weighting(exponent=-1, threshold=1 / 3, threshold_on="quantile")([0.0, 1.0, 2.0])
     assert kept.tolist() == pytest.approx([0, 2, 1])

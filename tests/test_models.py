@@ -326,7 +326,7 @@ def test_two_towers_by_hand():
 
 def test_a_cosine_of_four_tenths_starts_at_one_half():
     model = TwoTower(torch.nn.Identity())
-    assert float(torch.sigmoid(model.scale * 0.4 + model.bias)) == pytest.approx(0.5)
+    assert torch.sigmoid(model.scale * 0.4 + model.bias).item() == pytest.approx(0.5)
 
 
 # --- scoring leaves the model as it was ---------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ from recsys_importance.training import TrainingSettings, WeightedTrainer, fine_t
 ARCHITECTURES = ("two_tower", "cross_encoder")
 SETTINGS = dict(epochs=2, batch_size=8, learning_rate=1e-3)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
 
 @pytest.fixture(scope="module")
 def train() -> pd.DataFrame:
