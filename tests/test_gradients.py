@@ -363,6 +363,14 @@ def test_norms_over_some_parameters_weight_the_gradient_of_all():
     assert model[0].bias.grad is None
 
 
+def test_parameters_that_the_loss_does_not_reach_get_no_gradient():
+    """A gradient of zero instead of none would let AdamW decay them."""
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 1), "unused": torch.nn.Linear(3, 1)})
+    weighted_backward(model, lambda model, batch: residual(model["used"], batch), points(), Weighting())
+    assert model["used"].weight.grad is not None
+    assert model["unused"].weight.grad is None and model["unused"].bias.grad is None
+
+
 def nan_label(batch):
     return batch | {"y": torch.full_like(batch["y"], float("nan"))}
 

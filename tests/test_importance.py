@@ -372,6 +372,26 @@ def test_clip_one_makes_the_kept_samples_equal():
     np.testing.assert_allclose(Weighting(clip=1)([0.0, 1e-3, 5.0, 1e6]), [0, 4 / 3, 4 / 3, 4 / 3], rtol=1e-14)
 
 
+def test_clip_bounds_the_infinite_weight_of_a_zero_score():
+    # With p = -1 the first weighs infinitely much; the cap is c = 2 (3 + c) / 4, so c = 3 over the mean 1.5.
+    inverse = Weighting(exponent=-1, clip=2)
+    np.testing.assert_allclose(inverse([0.0, 1.0, 1.0, 1.0]), np.array([3, 1, 1, 1]) / 1.5, rtol=1e-14)
+    # Two of four infinite weights have a mean of half their size whatever it is: nothing is left for the others.
+    np.testing.assert_allclose(inverse([0.0, 1.0, 0.0, 1.0]), [2, 0, 2, 0], rtol=1e-14)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@settings(max_examples=40)
+@given(scores=score_lists(lowest=1e-3, highest=1e3, max_size=12), clip=st.sampled_from([1.25, 1.5, 2.75, 3.25]))
+def test_the_weight_of_a_zero_score_is_the_limit_of_small_ones(framework, scores, clip):
+    scores = np.array(scores)
+    zeros = (scores == 0).sum()
+    assume(zeros * clip < len(scores))  # otherwise the limit is reached slowly
+    limit = Weighting(exponent=-1, clip=clip)(np.where(scores == 0, 1e-200, scores))
+    found = to_numpy(Weighting(exponent=-1, clip=clip)(to_framework(scores, framework)))
+    np.testing.assert_allclose(found, limit, rtol=1e-9)
+
+
 def test_clip_is_solved_for_each_row():
     scores = np.array([[1.0, 1.0, 1.0, 97.0], [1.0, 50.0, 1.0, 97.0], [1.0, 1.0, 1.0, 1.0]])
     rows = [Weighting(clip=2)(row) for row in scores]
