@@ -239,6 +239,24 @@ def test_float16_never_overflows_silently(framework):
         assert np.isfinite(result).all()
 
 
+def test_the_place_of_a_bad_score_is_found_on_a_device_that_numpy_cannot_read():
+    torch = pytest.importorskip("torch")
+
+    class Elsewhere(torch.Tensor):
+        """Like a tensor on a GPU: NumPy is refused until it has been copied to the CPU."""
+
+        __module__ = "torch"
+
+        def __array__(self, *args, **kwargs):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN, the first at index 1"):
+        importance(torch.tensor([1.0, float("nan")]).as_subclass(Elsewhere))
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_stays_there_and_names_the_place():
     torch = pytest.importorskip("torch")

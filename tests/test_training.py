@@ -181,10 +181,9 @@ def test_fine_tuning_is_the_loop_written_by_hand(architecture, rule, train, vali
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("constant", [1.0, 0.37])
-def test_equal_scores_train_exactly_as_no_scores(architecture, constant, train, validation):
+def test_equal_scores_train_exactly_as_no_scores(architecture, train, validation):
     plain, plain_result = trained(train, validation, architecture=architecture)
-    equal = pd.Series(constant, index=train["sample_id"])
+    equal = pd.Series(0.37, index=train["sample_id"])
     weighted, weighted_result = trained(train, validation, architecture=architecture, scores=equal)
     assert same(plain, weighted)
     pd.testing.assert_frame_equal(plain_result.history, weighted_result.history)
