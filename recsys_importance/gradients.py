@@ -125,7 +125,7 @@ def gradient_norms(
     _check_norms(norms, batch)
     return norms
 
-# %% ../nbs/20_gradients.ipynb #1e34727d
+# %% ../nbs/20_gradients.ipynb #03918118
 class WeightedBackward(NamedTuple):
     """What a weighted backward saw: per-sample losses, gradient norms and weights, each (B,) float32 and cut from the graph."""
 
@@ -160,15 +160,20 @@ def weighted_backward(
         _check_norms(norms, batch)
         weights = weighting(norms, progress=progress)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        totals = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trainable]
+        totals = {}  # in float32 or better, and only of parameters that a loss reaches
         for i, weight in enumerate(weights.tolist()):
             torch.manual_seed(seeds[i])
             gradients = torch.autograd.grad(_one_loss(loss, model, batch, i), trainable, allow_unused=True)
-            for total, gradient in zip(totals, gradients, strict=True):
+            for p, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None:
-                    total.add_(gradient, alpha=weight / count)
-    for p, total in zip(trainable, totals, strict=True):
-        p.grad = total.to(p.dtype) if p.grad is None else p.grad + total.to(p.dtype)
+                    if p not in totals:
+                        totals[p] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+                    totals[p].add_(gradient, alpha=weight / count)
+    for p, total in totals.items():
+        if p.grad is None:
+            p.grad = total.to(p.dtype)
+        else:
+            p.grad.add_(total)
     return WeightedBackward(torch.stack(losses), norms, weights)
 
 # %% ../nbs/20_gradients.ipynb #79e4feab
@@ -298,13 +303,24 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
     _check_shard(frame)
     return frame
 
-# %% ../nbs/20_gradients.ipynb #ba4be28b
+# %% ../nbs/20_gradients.ipynb #95c06f4b
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _settings_of(collate: Callable) -> str:
+    """The collator's name with its plain settings, such as PairCollator(max_length=64)."""
+    plain = (
+        {name: value for name, value in vars(collate).items() if isinstance(value, (int, float, str))}
+        if hasattr(collate, "__dict__")
+        else {}
+    )
+    settings = ", ".join(f"{name}={value!r}" for name, value in sorted(plain.items()))
+    return f"{getattr(collate, '__qualname__', type(collate).__qualname__)}({settings})"
 
 
 def score_dataset(
@@ -337,6 +353,7 @@ def score_dataset(
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
         "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
         "dtype": str(dtype or torch.float32),
+        "collate": _settings_of(collate),
     }
     with evaluating(model):
         scorer = model if dtype is None else copy.deepcopy(model).to(dtype)

@@ -52,7 +52,7 @@ def _check_numeric(dtype, numeric: bool) -> None:
     if not numeric:
         raise ValueError(f"scores must be numbers, got dtype {dtype}")
 
-# %% ../nbs/00_importance.ipynb #d9ae6dee
+# %% ../nbs/00_importance.ipynb #cd6ffb7e
 def _check(xp, scores, axis: int) -> None:
     """Raise ValueError unless scores are (..., N) with N > 0, finite, not negative, and not all zero along `axis`."""
     if not tuple(scores.shape) or 0 in tuple(scores.shape):
@@ -63,7 +63,7 @@ def _check(xp, scores, axis: int) -> None:
         ("negative", scores < 0),
     ):
         if bool(xp.any(found)):
-            mask = np.asarray(found.cpu() if hasattr(found, "cpu") and not callable(getattr(found, "numpy", None)) else found)
+            mask = np.asarray(found.cpu() if hasattr(found, "cpu") and hasattr(found, "detach") else found)
             first = tuple(int(i) for i in np.argwhere(mask)[0])
             raise ValueError(
                 f"{int(mask.sum())} of {mask.size} scores are {fault}, the first at index {first if len(first) > 1 else first[0]}; "

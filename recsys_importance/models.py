@@ -229,7 +229,7 @@ def load_pair_model(
             model = CrossEncoder(_pretrained(AutoModelForSequenceClassification, encoder, num_labels=1, dtype=torch.float32))
     return PairModel(model.to(chosen).eval(), tokenizer)
 
-# %% ../nbs/10_models.ipynb #6768cf7a
+# %% ../nbs/10_models.ipynb #d66ea0f3
 class PairDataset(Dataset):
     """The rows of a tidy frame as samples: {"sample_id", "text_a", "text_b", "label", ...extra columns by name}.
 
@@ -269,6 +269,12 @@ class PairCollator:
 
     pair: PairModel
     max_length: int = 64
+
+    def __post_init__(self):
+        limits = [getattr(getattr(part, "config", None), "max_position_embeddings", None) for part in self.pair.model.children()]
+        limit = min((limit for limit in limits if limit), default=None)
+        if self.max_length < 1 or (limit and self.max_length > limit):
+            raise ValueError(f"max_length must be from 1 to the encoder's {limit or 'limit'} positions, got {self.max_length}")
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         texts = {side: [row[f"text_{side}"] for row in rows] for side in "ab"}

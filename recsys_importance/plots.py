@@ -75,9 +75,9 @@ def learning_curves(history: pd.DataFrame, *, metric: str = "ndcg@10", panel: st
     figure.tight_layout()
     return figure
 
-# %% ../nbs/40_plots.ipynb #133181c9
+# %% ../nbs/40_plots.ipynb #f5d47e13
 def weight_shares(shares: pd.DataFrame, *, title: str) -> Figure:
-    """Bars: which share of all weight goes to mislabelled samples under each variant, a dot per seed, and their share of the samples as a line.
+    """Bars: which share of all weight goes to mislabelled samples under each variant, a dot per seed, and their share of the samples.
 
     shares: rows with variant, seed, `noisy_weight` and `noisy_samples`, shares in [0, 1].
     """

@@ -96,14 +96,15 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-# %% ../nbs/30_training.ipynb #e5a9ed80
+# %% ../nbs/30_training.ipynb #535a7d8a
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a pair model is fine-tuned.
 
     epochs: passes over the training pairs. batch_size: pairs per step. learning_rate: AdamW's peak, reached after `warmup` (a fraction
     of the steps) and
-    then lowered linearly to 0. weight_decay: AdamW's. max_length: tokens per pair. loss: a name in objectives.LOSSES.
+    then lowered linearly to 0. weight_decay: AdamW's. max_gradient_norm: a step's gradient is scaled down to it, 0 for no bound.
+    max_length: tokens per pair. loss: a name in objectives.LOSSES.
     evaluations_per_epoch: validations per epoch; patience: stop after so many without a better NDCG@10. seed: of the order of samples
     and of dropout.
     """
@@ -113,6 +114,7 @@ class TrainingSettings:
     learning_rate: float = 5e-5
     warmup: float = 0.1
     weight_decay: float = 0.01
+    max_gradient_norm: float = 1.0
     max_length: int = 64
     loss: str = "cross_entropy"
     evaluations_per_epoch: int = 2
@@ -123,6 +125,8 @@ class TrainingSettings:
         for name in ("epochs", "batch_size", "max_length", "evaluations_per_epoch", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not (self.max_gradient_norm >= 0):
+            raise ValueError(f"max_gradient_norm must be 0 (no bound) or more, got {self.max_gradient_norm}")
         if not (0 < self.learning_rate < math.inf and 0 <= self.warmup < 1 and 0 <= self.weight_decay < math.inf):
             given = f"{self.learning_rate}, {self.warmup} and {self.weight_decay}"
             raise ValueError(f"expected learning_rate > 0, 0 <= warmup < 1 and weight_decay >= 0, got {given}")
@@ -151,6 +155,8 @@ def sample_weights(frame: pd.DataFrame, scores: pd.Series | None, weighting: Wei
         )
     if scores is None:
         return np.ones(len(frame))
+    if not isinstance(scores, pd.Series):
+        raise ValueError(f"scores must be a pandas Series indexed by sample_id, got {type(scores).__name__}")
     aligned = scores[~scores.index.duplicated()].reindex(frame["sample_id"])
     if len(scores.index.unique()) != len(scores) or aligned.isna().any():
         missing = aligned.index[aligned.isna()]
@@ -191,6 +197,7 @@ def fine_tune(
 
     train, validation: tidy frames (validation with query_id). scores: one per training sample, indexed by sample_id; None trains
     uniformly.
+    The best weights are those of an evaluation after training began, so `best` can be below the first row of the history.
     weighting: how scores become weights; article A's rule by default. folder: where checkpoints go; a temporary folder by default.
     AdamW, linear warm-up and decay; bf16 autocast on a GPU that supports it. Deterministic on a CPU for given seeds and threads.
     Raises ValueError for incomplete features, missing scores or a loss that is not finite.
@@ -217,6 +224,7 @@ def fine_tune(
             warmup_steps=settings.warmup,
             lr_scheduler_type="linear",
             weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_gradient_norm,
             optim="adamw_torch_fused",
             eval_strategy="steps",
             eval_steps=every,

@@ -260,8 +260,8 @@ def test_study_hands_its_variables_to_the_command():
     line = make("--dry-run", "study", "BIN=bin", "DATA=my file.csv", "PARAMS=noise=0.2 seeds=[0,1]").stdout
     given = ["--data", "my file.csv", "--set", "noise=0.2", "--set", "seeds=[0,1]"]
     assert shlex.split(line) == ["bin/recsys-importance", "study", "weighted_bert", *given]
-    line = make("--dry-run", "study", "BIN=bin", "STUDY=other").stdout
-    assert shlex.split(line) == ["bin/recsys-importance", "study", "other", "--data", "auto"]
+    line = make("--dry-run", "study", "BIN=bin", "STUDY=other", "CONFIG=full size.yaml").stdout
+    assert shlex.split(line) == ["bin/recsys-importance", "study", "other", "--config", "full size.yaml"]
 
 
 @pytest.mark.parametrize("given", ["data folder", "../here/data folder", "absolute", "not there"])

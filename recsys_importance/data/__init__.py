@@ -55,7 +55,7 @@ def __getattr__(name: str):
 def __dir__() -> list[str]:
     return sorted({*globals(), *_all_})
 
-# %% ../../nbs/08_data.ipynb #cef4d546
+# %% ../../nbs/08_data.ipynb #624c5b77
 def _shop(*, seed: int = 0, **settings):
     return __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
 
@@ -63,7 +63,8 @@ def _shop(*, seed: int = 0, **settings):
 def load(name_or_path, **options):
     """A data set of the registry by name, or your own .csv, .tsv or .parquet file by path, as the tidy frame.
 
-    options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd), the fields
+    options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd), the
+    fields
     of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows.
     Raises DatasetUnavailable if a named data set is not on this machine and cannot be downloaded; ValueError for an unknown name,
     naming the nearest one, and for a file that is wrong.
@@ -80,9 +81,12 @@ def load(name_or_path, **options):
     nearest = importlib.import_module("recsys_importance.data.registry")._nearest(name, datasets)
     raise ValueError(f"no data set is called {name!r}; {nearest}; or give the path of a .csv, .tsv or .parquet file")
 
-# %% ../../nbs/08_data.ipynb #7a604f20
+# %% ../../nbs/08_data.ipynb #7fd649ae
 class Obtained(NamedTuple):
-    """A frame with where it comes from. `announcement` is one line for the first line of a run; `fallback` is why "auto" did not get real data, or ""."""
+    """A frame with where it comes from.
+
+    `announcement`: one line for the start of a run. `fallback`: why "auto" did not get real data, or "".
+    """
 
     name: str
     simulated: bool
@@ -94,7 +98,8 @@ class Obtained(NamedTuple):
 def obtain(name_or_path="auto", **options) -> Obtained:
     """`load`, with the source in words; "auto" takes Chorus if its files can be had and the simulated shop otherwise, and says so.
 
-    options go to `load` (for "auto" to the loader of what was taken, so give none there). A file that is there but damaged is an error, never a reason to fall back.
+    options go to `load` (for "auto" to the loader of what was taken, so give none there). A file that is there but damaged is an error,
+    never a reason to fall back.
     Raises as `load` does.
     """
     name, fallback = str(name_or_path), ""
