@@ -33,7 +33,7 @@ def _need(frame: pd.DataFrame, columns: Sequence[str]) -> None:
     if missing or frame.empty:
         raise ValueError(f"expected rows with columns {list(columns)}, got {len(frame)} rows with {list(frame.columns)}")
 
-# %% ../nbs/40_plots.ipynb #d8d91286
+# %% ../nbs/40_plots.ipynb #da4f4c20
 def score_histogram(scores: pd.DataFrame, *, title: str, label: str = "gradient norm") -> Figure:
     """Histogram of positive scores on a logarithmic axis, samples whose label is known to be wrong in their own colour.
 
@@ -41,6 +41,8 @@ def score_histogram(scores: pd.DataFrame, *, title: str, label: str = "gradient 
     """
     _need(scores, ["score", "noisy"])
     positive = scores[scores["score"] > 0]
+    if positive.empty:
+        raise ValueError(f"none of {len(scores)} scores is positive, so there is nothing to draw on a logarithmic axis")
     zero = len(scores) - len(positive)
     figure, axis = plt.subplots(figsize=(7, 3.2))
     edges = np.geomspace(positive["score"].min(), positive["score"].max() * 1.0001, 31)

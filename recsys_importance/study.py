@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'report_folder', 'resumed', 'study_parameters', 'check_parameters',
-           'run_study', 'write_report']
+__all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'resumed', 'study_parameters', 'check_parameters', 'run_study',
+           'write_report']
 
-# %% ../nbs/41_study.ipynb #76c25cb0
+# %% ../nbs/41_study.ipynb #2c40b6a3
 _RECORDED = ("recsys_importance", "torch", "transformers", "accelerate", "numpy", "pandas", "scikit-learn", "scipy")
 
 
@@ -49,7 +49,7 @@ def environment(device: str = "cpu") -> dict:
         "cores": os.cpu_count(),
         "platform": platform.system(),
         "git_commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "uncommitted": None if (status := _git("status", "--porcelain", "--untracked-files=no")) is None else bool(status),
     }
 
 
@@ -98,16 +98,6 @@ def write_results(folder: str | Path, results: dict) -> Path:
     _replace_text(path, text + "\n")
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
     return path
-
-# %% ../nbs/41_study.ipynb #43f54c72
-def report_folder(path: str | Path) -> Path:
-    """The absolute folder of a report.
-
-    A relative path starts at the root of the checkout around the current folder, or at the current folder where there is none.
-    """
-    here = Path.cwd()
-    root = next((folder for folder in (here, *here.parents) if (folder / "settings.ini").is_file()), here)
-    return root / path
 
 # %% ../nbs/41_study.ipynb #00b261d8
 def _code() -> str:
@@ -192,7 +182,7 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
         checked[name] = value
     return checked
 
-# %% ../nbs/41_study.ipynb #a222b311
+# %% ../nbs/41_study.ipynb #514378ca
 def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: str | Path, timeout: int = 6 * 3600) -> dict:
     """Execute a study headless and write <name>.ipynb, results.json and <name>.html to `folder`; returns the results.
 
@@ -208,6 +198,8 @@ def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: s
     executed, results, report = folder / notebook.name, folder / "results.json", folder / f"{notebook.stem}.html"
     for stale in (executed, results, report):
         stale.unlink(missing_ok=True)
+    backend = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # another one set outside would leave the report without figures
     try:
         papermill.execute_notebook(
             notebook,
@@ -225,6 +217,11 @@ def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: s
     except papermill.exceptions.PapermillExecutionError as error:
         results.unlink(missing_ok=True)
         raise RuntimeError(f"{notebook.name} failed: {error.ename}: {error.evalue} (the executed notebook is {executed})") from None
+    finally:
+        if backend is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = backend
     if not results.exists():
         raise RuntimeError(
             f"{notebook.name} ran but wrote no results.json to its report_dir; a study ends with write_results(report_dir, …)"

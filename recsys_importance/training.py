@@ -96,7 +96,7 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-# %% ../nbs/30_training.ipynb #535a7d8a
+# %% ../nbs/30_training.ipynb #b4eaebc9
 @dataclass(frozen=True)
 class TrainingSettings:
     """How a pair model is fine-tuned.
@@ -207,6 +207,8 @@ def fine_tune(
     _check_frames(train, validation)
     dataset = PairDataset(train, weight=sample_weights(train, scores, weighting))
     device = next(pair.model.parameters()).device
+    if device.type == "cuda" and device.index not in (None, 0):
+        raise ValueError(f"training runs on the first visible GPU, the model is on {device}; choose the GPU with CUDA_VISIBLE_DEVICES")
     steps = -(-len(train) // settings.batch_size)
 
     def validate(model) -> dict:
@@ -246,6 +248,9 @@ def fine_tune(
             report_to=[],
             dataloader_pin_memory=device.type == "cuda",
         )
+        if device.type == "cuda":
+            # One GPU, however many there are: DataParallel would multiply the batch size without saying so.
+            arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = WeightedTrainer(
             model=pair.model,
             args=arguments,

@@ -143,3 +143,37 @@ def test_a_prepared_frame_survives_a_file(tmp_path):
     for ending in ("csv", "parquet"):
         again = data.load(tmp_path / f"shop.{ending}")
         pd.testing.assert_frame_equal(again[[*columns, "clicked", "noisy", "timestamp"]], shop[[*columns, "clicked", "noisy", "timestamp"]])
+
+
+def test_auto_takes_the_shop_and_says_why_where_chorus_cannot_be_had(monkeypatch, tmp_path):
+    from recsys_importance.data import registry
+
+    def no_network(file, target):
+        raise ConnectionError("no network")
+
+    monkeypatch.delenv("RECSYS_IMPORTANCE_DATA", raising=False)
+    monkeypatch.setattr(registry, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(registry, "_download", no_network)
+    source = data.obtain("auto")
+    assert (source.name, source.simulated) == ("shop", True) and "no network" in source.fallback
+    assert source.announcement.startswith("data: shop (SIMULATED: ") and "Chorus cannot be had" in source.announcement
+    with pytest.raises(data.DatasetUnavailable):
+        data.obtain("chorus")
+
+
+def test_a_damaged_chorus_file_is_an_error_and_never_a_reason_for_the_shop(monkeypatch, tmp_path):
+    folder = tmp_path / "chorus"
+    folder.mkdir()
+    (folder / "Broad_Query_Set_individual_ratings.csv").write_text("query,docid\n")
+    monkeypatch.setenv("RECSYS_IMPORTANCE_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="sha256"):
+        data.obtain("auto")
+
+
+def test_a_shop_saved_to_a_file_stays_simulated(tmp_path):
+    shop = data.load("shop", queries=12, candidates=8)
+    shop.to_parquet(tmp_path / "mine.parquet")
+    source = data.obtain(tmp_path / "mine.parquet")
+    assert source.simulated and "SIMULATED" in source.announcement
+    shop[["text_a", "text_b", "label"]].to_csv(tmp_path / "mine.csv", index=False)
+    assert not data.obtain(tmp_path / "mine.csv").simulated

@@ -1,6 +1,9 @@
 """The study runner: strict parameters, results that must say what they are, resuming, reports that stand alone, and the command."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -117,14 +120,6 @@ def test_nothing_is_kept_of_a_computation_that_failed(tmp_path):
     assert not (tmp_path / "unfinished").exists()
 
 
-def test_a_relative_report_folder_starts_at_the_checkout(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT / "nbs" / "studies")
-    assert study.report_folder("reports/a") == ROOT / "reports" / "a"
-    assert study.report_folder(tmp_path) == tmp_path
-    monkeypatch.chdir(tmp_path)
-    assert study.report_folder("reports/a") == tmp_path / "reports" / "a"
-
-
 GOOD = """
 from recsys_importance.study import write_results
 import pandas as pd, sys
@@ -177,6 +172,7 @@ def test_the_command_prints_the_table_and_where_the_report_is(tmp_path, monkeypa
         (["study", "weighted_bert", "--set", "nosie=0.2"], "did you mean 'noise'"),
         (["study", "weighted_bert", "--set", "noise"], "expected name=value, got 'noise'"),
         (["study", "weighted_bert", "--config", "missing.yaml"], "missing.yaml"),
+        (["study", "weighted_bert", "--set", "noise=[0.2"], "noise=[0.2 is not YAML"),
         (["data", "corus"], "no data set 'corus'"),
     ],
 )
@@ -196,3 +192,57 @@ def test_the_full_size_grid_has_only_parameters_of_its_study():
 
     for config in sorted((ROOT / "nbs" / "studies").glob("*.yaml")):
         study.check_parameters(find_study(config.stem), yaml.safe_load(config.read_text()))
+
+
+def test_a_config_that_is_no_mapping_is_refused(tmp_path):
+    (tmp_path / "list.yaml").write_text("- noise\n")
+    result = CliRunner().invoke(app, ["study", "weighted_bert", "--config", str(tmp_path / "list.yaml")])
+    assert result.exit_code == 1 and "must hold parameters as `name: value` lines, got a list" in result.stderr
+
+
+def without_data_or_network(tmp_path):
+    """An environment in which nothing can be found or fetched."""
+    kept = {name: value for name, value in os.environ.items() if name != "RECSYS_IMPORTANCE_DATA"}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    return kept | nowhere | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "MPLBACKEND": "agg"}
+
+
+QUICK = ["pairs=32", "seeds=1", "epochs=1", "test_pairs=72", "noise=0.25"]
+
+
+def run_weighted_bert(tmp_path, *arguments, env):
+    settings = [part for setting in QUICK for part in ("--set", setting)]
+    start = [sys.executable, "-c", "from recsys_importance.cli import app; app()", "study", "weighted_bert"]
+    command = [*start, "--folder", str(tmp_path / "report"), *settings, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def test_the_main_study_runs_on_the_simulated_shop_where_nothing_else_can_be_had(tmp_path):
+    run = run_weighted_bert(tmp_path, env=without_data_or_network(tmp_path))
+    assert run.returncode == 0, run.stderr[-3000:]
+    first = run.stdout.splitlines()[0]
+    assert first.startswith("data: shop (SIMULATED: ") and "Chorus cannot be had" in first
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["data"]["name"] == "shop" and results["data"]["simulated"] is True and results["data"]["fallback"]
+    assert {(row["noise"], row["variant"], row["seed"]) for row in results["results"]} == {
+        (noise, variant, 0) for noise in (0.0, 0.25) for variant in ("uniform", "importance", "inverse")
+    }
+    page = (tmp_path / "report" / "weighted_bert.html").read_text(encoding="utf-8")
+    assert "SIMULATED" in page and "<script" not in page and page.count("data:image/png;base64,") >= 5
+    assert not (tmp_path / "report" / "unfinished").exists()
+
+
+def test_your_own_small_file_is_enough_for_the_main_study(tmp_path):
+    """60 rows, awkward texts, an undefined AUC: all pairs there are are used, and nothing is taken for markup."""
+    rows = [
+        f'"<script>alert({q})</script> $x$ mug {q}","{"red" if c % 2 else "blue"} mug & <b>cup</b> {c}",{c % 2}'
+        for q in range(12)
+        for c in range(5)
+    ]
+    (tmp_path / "pairs.csv").write_text("text_a,text_b,label\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    run = run_weighted_bert(tmp_path, "--data", str(tmp_path / "pairs.csv"), env=without_data_or_network(tmp_path))
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert results["data"]["simulated"] is False and results["data"]["rows"] == 60 and results["data"]["train_pairs"] <= 32
+    page = (tmp_path / "report" / "weighted_bert.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<b>cup" not in page and "&lt;script&gt;" in page

@@ -81,7 +81,7 @@ def load(name_or_path, **options):
     nearest = importlib.import_module("recsys_importance.data.registry")._nearest(name, datasets)
     raise ValueError(f"no data set is called {name!r}; {nearest}; or give the path of a .csv, .tsv or .parquet file")
 
-# %% ../../nbs/08_data.ipynb #7fd649ae
+# %% ../../nbs/08_data.ipynb #160c3eb5
 class Obtained(NamedTuple):
     """A frame with where it comes from.
 
@@ -111,7 +111,8 @@ def obtain(name_or_path="auto", **options) -> Obtained:
     else:
         frame = load(name_or_path, **options)
     dataset = __getattr__("DATASETS").get(name)
-    simulated = dataset is not None and dataset.simulated
-    title = dataset.title if dataset is not None else name
+    # A simulated shop that was saved to a file says so in its own column.
+    simulated = dataset.simulated if dataset is not None else bool(frame["simulated"].any()) if "simulated" in frame else False
+    title = dataset.title if dataset is not None else "a file of your own"
     announcement = f"data: {name} ({'SIMULATED' if simulated else 'real'}: {title}), {len(frame):,} rows"
     return Obtained(name, simulated, frame, f"{announcement}; Chorus cannot be had: {fallback}" if fallback else announcement, fallback)
