@@ -55,11 +55,10 @@ def evaluate(frame: pd.DataFrame, scores, *, probabilities=None, k: int = 10, hi
 
     frame: N rows with query_id and label in [0, 1]. scores: (N,), higher is better, any scale. probabilities: (N,) in [0, 1], for
     log-loss.
-    Returns per query ndcg@k (gain 2^(highest_grade * label) - 1; Burges et al. 2005), mrr, auc (relevant: label 0.5 or more), log_loss
-    and the
-    number of candidates; and a summary with the means over the queries where a metric is defined, `auc` pooled over all pairs, and how
-    many queries
-    were defined. Raises ValueError for missing columns, a length that does not match, or scores that are not finite.
+    Returns per query ndcg@k (gain 2^(highest_grade * label) - 1; Burges et al. 2005), mrr, auc (relevant: label 0.5 or more),
+    log_loss and the number of candidates; and a summary with the means over the queries where a metric is defined, `auc` pooled
+    over all pairs, and how many queries were defined. Raises ValueError for missing columns, a length that does not match, or
+    scores that are not finite.
     """
     labels, groups = _checked(frame, scores, probabilities)
     scores = np.asarray(scores, dtype=np.float64)
@@ -123,9 +122,10 @@ class Interval(NamedTuple):
 def paired_interval(first: pd.Series, second: pd.Series, *, level: float = 0.95, resamples: int = 5000, seed: int = 0) -> Interval:
     """Mean of first - second over the queries that both define, with a percentile bootstrap interval over queries.
 
-    first, second: one metric per query, indexed by query_id, as in `Evaluation.per_query`. With several seeds, average over seeds per
-    query first.
-    Raises ValueError if fewer than two queries are defined in both. Source: Efron and Tibshirani (1993), chapter 13; Sakai (SIGIR 2006).
+    first, second: one metric per query, indexed by query_id, as in `Evaluation.per_query`. With several seeds, average over seeds
+    per query first.
+    Raises ValueError if fewer than two queries are defined in both. Source: Efron and Tibshirani (1993), chapter 13; Sakai (SIGIR
+    2006).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, such as 0.95, got {level}")

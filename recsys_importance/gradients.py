@@ -139,10 +139,9 @@ def weighted_backward(
 ) -> WeightedBackward:
     """Add the gradient of mean_i(w_i l_i), with w = weighting(||g_i||), to the .grad of every trainable parameter.
 
-    parameters: which ones the norms are taken over; the gradient goes to all trainable ones. progress: fraction of training done, for
-    annealing.
-    Weights are constants: nothing differentiates through them. Raises ValueError as `gradient_norms` and `Weighting` do, before .grad is
-    touched.
+    parameters: which ones the norms are taken over; the gradient goes to all trainable ones. progress: fraction of training done,
+    for annealing. Weights are constants: nothing differentiates through them. Raises ValueError as `gradient_norms` and `Weighting`
+    do, before .grad is touched.
     Source: article A, section 4.2.
     """
     count = batch_size_of(batch)

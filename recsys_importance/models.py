@@ -207,8 +207,8 @@ def load_pair_model(
 ) -> PairModel:
     """A pre-trained encoder as a pair model, in float32 and eval mode on `device`, and its tokenizer.
 
-    encoder: see `encoder_path`; any BERT-class model that AutoModel (or AutoModelForSequenceClassification) loads. seed: of what is new,
-    the cross-encoder's head.
+    encoder: see `encoder_path`; any BERT-class model that AutoModel (or AutoModelForSequenceClassification) loads. seed: of what is
+    new, the cross-encoder's head.
     Raises as `encoder_path` and `pick_device` do, ValueError for another architecture, OSError if the files cannot be loaded.
     """
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer

@@ -80,9 +80,8 @@ def write_results(folder: str | Path, results: dict) -> Path:
     """Write results.json and drop the checkpoints of `resumed`: the study is complete.
 
     results: `study`, `parameters`, `data` (name, simulated, rows, …), `environment`, `results` (one dict per variant and seed),
-    `summary` (one dict
-    per line of the table to print) and `duration_s`. Returns the file's path. Raises ValueError for a missing key, no rows, NaN or
-    infinity.
+    `summary` (one dict per line of the table to print) and `duration_s`. Returns the file's path. Raises ValueError for a missing
+    key, no rows, NaN or infinity.
     """
     missing = [key for key in REQUIRED_RESULTS if key not in results]
     missing += [f"data.{key}" for key in ("name", "simulated", "rows") if key not in results.get("data", {})]
@@ -186,10 +185,11 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
 def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: str | Path, timeout: int = 6 * 3600) -> dict:
     """Execute a study headless and write <name>.ipynb, results.json and <name>.html to `folder`; returns the results.
 
-    notebook: a notebook with one cell tagged `parameters`, among them `report_dir`, and whose last act is `write_results(report_dir, …)`.
+    notebook: a notebook with one cell tagged `parameters`, among them `report_dir`, and whose last act is
+    `write_results(report_dir, …)`.
     parameters: overrides, checked by `check_parameters`. timeout: seconds for a single cell.
-    Raises ValueError for bad parameters, RuntimeError if a cell fails (naming the cell's error and where the executed notebook is) or no
-    result was written.
+    Raises ValueError for bad parameters, RuntimeError if a cell fails (naming the cell's error and where the executed notebook is)
+    or no result was written.
     """
     papermill = _papermill()
     notebook, folder = Path(notebook).resolve(), Path(folder).resolve()

@@ -33,11 +33,11 @@ __all__ = ['WeightedTrainer', 'TrainingSettings', 'FineTuned', 'sample_weights',
 class WeightedTrainer(Trainer):
     """Hugging Face Trainer whose loss is mean_i(w_i l_i).
 
-    loss: (model, batch) -> (B,) per-sample losses. Each sample of `train_dataset` carries its final weight in "weight" (mean 1 over the
-    data set),
-    and may carry what `loss` needs; set remove_unused_columns=False. weighting: its annealing moves the weight in use from 1 to the
-    final one.
-    validate: model -> {metric: value}, what an evaluation reports; early stopping and the best checkpoint can use any of its metrics.
+    loss: (model, batch) -> (B,) per-sample losses. Each sample of `train_dataset` carries its final weight in "weight" (mean 1 over
+    the data set), and may carry what `loss` needs; set remove_unused_columns=False. weighting: its annealing moves the weight in
+    use from 1 to the final one.
+    validate: model -> {metric: value}, what an evaluation reports; early stopping and the best checkpoint can use any of its
+    metrics.
     lengths: per training sample, to put samples of like length into one batch; None shuffles freely. Other arguments: see Trainer.
     """
 
@@ -101,12 +101,12 @@ class _Progress(TrainerCallback):
 class TrainingSettings:
     """How a pair model is fine-tuned.
 
-    epochs: passes over the training pairs. batch_size: pairs per step. learning_rate: AdamW's peak, reached after `warmup` (a fraction
-    of the steps) and
-    then lowered linearly to 0. weight_decay: AdamW's. max_gradient_norm: a step's gradient is scaled down to it, 0 for no bound.
+    epochs: passes over the training pairs. batch_size: pairs per step. learning_rate: AdamW's peak, reached after `warmup` (a
+    fraction of the steps) and then lowered linearly to 0. weight_decay: AdamW's. max_gradient_norm: a step's gradient is scaled
+    down to it, 0 for no bound.
     max_length: tokens per pair. loss: a name in objectives.LOSSES.
-    evaluations_per_epoch: validations per epoch; patience: stop after so many without a better NDCG@10. seed: of the order of samples
-    and of dropout.
+    evaluations_per_epoch: validations per epoch; patience: stop after so many without a better NDCG@10. seed: of the order of
+    samples and of dropout.
     """
 
     epochs: int = 3
@@ -135,8 +135,8 @@ class TrainingSettings:
 
 
 class FineTuned(NamedTuple):
-    """`history`: one row per evaluation with step, epoch, loss (mean weighted training loss since the last row), ndcg@10 and log_loss on
-    validation.
+    """`history`: one row per evaluation with step, epoch, loss (mean weighted training loss since the last row), ndcg@10 and
+    log_loss on validation.
     `best`: the NDCG@10 of the weights that were kept. `stopped_early`: whether patience ran out."""
 
     history: pd.DataFrame
@@ -192,12 +192,12 @@ def fine_tune(
     folder: str | Path | None = None,
     description: str = "training",
 ) -> FineTuned:
-    """Fine-tune the pair model in place, each sample's loss multiplied by its weight, and keep the weights with the best validation
-    NDCG@10.
+    """Fine-tune the pair model in place, each sample's loss multiplied by its weight, and keep the weights with the best
+    validation NDCG@10.
 
     train, validation: tidy frames (validation with query_id). scores: one per training sample, indexed by sample_id; None trains
-    uniformly.
-    The best weights are those of an evaluation after training began, so `best` can be below the first row of the history.
+    uniformly. The best weights are those of an evaluation after training began, so `best` can be below the first row of the
+    history.
     weighting: how scores become weights; article A's rule by default. folder: where checkpoints go; a temporary folder by default.
     AdamW, linear warm-up and decay; bf16 autocast on a GPU that supports it. Deterministic on a CPU for given seeds and threads.
     Raises ValueError for incomplete features, missing scores or a loss that is not finite.

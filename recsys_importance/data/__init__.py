@@ -63,9 +63,8 @@ def _shop(*, seed: int = 0, **settings):
 def load(name_or_path, **options):
     """A data set of the registry by name, or your own .csv, .tsv or .parquet file by path, as the tidy frame.
 
-    options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd), the
-    fields
-    of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows.
+    options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd),
+    the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows.
     Raises DatasetUnavailable if a named data set is not on this machine and cannot be downloaded; ValueError for an unknown name,
     naming the nearest one, and for a file that is wrong.
     """
