@@ -318,7 +318,8 @@ def _settings_of(function: Callable) -> str:
     name = getattr(function, "__qualname__", type(function).__qualname__)
     if hasattr(function, "__code__"):
         code = function.__code__
-        return f"{name} {hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()[:12]}"
+        constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
+        return f"{name} {hashlib.sha256(code.co_code + repr((code.co_names, constants)).encode()).hexdigest()[:12]}"
     plain = {key: value for key, value in getattr(function, "__dict__", {}).items() if isinstance(value, (int, float, str))}
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in sorted(plain.items()))})"
 

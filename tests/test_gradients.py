@@ -1,5 +1,6 @@
 """Per-sample gradient norms against finite differences and whole-batch autograd; scores survive every kind of interruption."""
 
+import functools
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_frame, tiny_pair, tiny_tokenizer
 
+from recsys_importance import gradients
 from recsys_importance.gradients import (
     batch_size_of,
     chosen_parameters,
@@ -517,7 +519,7 @@ def test_the_layout_of_the_shards(tmp_path):
     sizes = [len(pd.read_parquet(tmp_path / f"scores-{shard:05d}.parquet")) for shard in range(3)]
     assert sizes == [8, 8, 6]
     identity = json.loads((tmp_path / "identity.json").read_text())
-    assert identity["samples"] == 22 and identity["loss"] == "residual" and identity["parameters"] == ["*"]
+    assert identity["samples"] == 22 and identity["loss"].startswith("residual ") and identity["parameters"] == ["*"]
 
 
 @pytest.mark.parametrize("fails_at", [2, 8, 12, 20])
@@ -533,12 +535,27 @@ def test_a_run_that_fails_continues_to_the_same_bytes(fails_at, tmp_path, uninte
     assert contents(tmp_path) == uninterrupted
 
 
-def test_a_finished_run_is_read_and_not_computed_again(tmp_path, uninterrupted):
+def test_a_finished_run_is_read_and_not_computed_again(tmp_path, uninterrupted, monkeypatch):
     scores = score_points(tmp_path)
-    refusing = lambda model, batch: pytest.fail("a finished run was scored again")  # noqa: E731
-    refusing.__qualname__ = "residual"
-    pd.testing.assert_frame_equal(score_points(tmp_path, loss=refusing), scores)
+    monkeypatch.setattr(gradients, "gradient_norms", lambda *args, **kwargs: pytest.fail("a finished run was scored again"))
+    pd.testing.assert_frame_equal(score_points(tmp_path), scores)
     assert contents(tmp_path) == uninterrupted
+
+
+def test_losses_of_one_name_but_other_code_or_arguments_are_other_losses(tmp_path):
+    score_points(tmp_path / "code", loss=lambda model, batch: residual(model, batch))
+    with pytest.raises(ValueError, match="another run .*loss"):
+        score_points(tmp_path / "code", loss=lambda model, batch: residual(model, batch) ** 2)
+    score_points(tmp_path / "constant", loss=lambda model, batch: residual(model, batch) * 2)
+    with pytest.raises(ValueError, match="another run .*loss"):
+        score_points(tmp_path / "constant", loss=lambda model, batch: residual(model, batch) * 3)
+    score_points(tmp_path / "arguments", loss=functools.partial(scaled, factor=1.0))
+    with pytest.raises(ValueError, match="another run .*loss"):
+        score_points(tmp_path / "arguments", loss=functools.partial(scaled, factor=2.0))
+
+
+def scaled(model, batch, factor):
+    return factor * residual(model, batch)
 
 
 def test_a_shard_that_is_lost_is_computed_again(tmp_path, uninterrupted):
