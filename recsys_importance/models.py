@@ -24,9 +24,9 @@ from tqdm import tqdm
 from .data.frame import require_complete
 
 # %% auto #0
-__all__ = ['PACKAGED', 'PackagedEncoder', 'encoder_path', 'pick_device', 'autocast', 'mean_pooled', 'TwoTower', 'CrossEncoder',
-           'PairModel', 'load_pair_model', 'PairDataset', 'PairCollator', 'pair_logits', 'evaluating', 'predict',
-           'to_device']
+__all__ = ['PACKAGED', 'PackagedEncoder', 'encoder_path', 'pick_device', 'autocast', 'mean_pooled', 'Affine', 'TwoTower',
+           'CrossEncoder', 'PairModel', 'load_pair_model', 'PairDataset', 'PairCollator', 'pair_logits', 'evaluating',
+           'predict', 'to_device']
 
 # %% ../nbs/10_models.ipynb #d3406032
 @dataclass(frozen=True)
@@ -123,6 +123,18 @@ def mean_pooled(encoder: torch.nn.Module, inputs: dict) -> torch.Tensor:
     return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
 
+class Affine(torch.nn.Module):
+    """scale * x + bias with two trained scalars; x and the result (B,)."""
+
+    def __init__(self, scale: float, bias: float):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+        self.bias = torch.nn.Parameter(torch.tensor(bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x + self.bias
+
+
 class TwoTower(torch.nn.Module):
     """One encoder for both texts; logit = scale * cosine + bias, all trained.
 
@@ -133,12 +145,11 @@ class TwoTower(torch.nn.Module):
     def __init__(self, encoder: torch.nn.Module, *, scale: float = 10.0, bias: float = -4.0):
         super().__init__()
         self.encoder = encoder
-        self.scale = torch.nn.Parameter(torch.tensor(scale))
-        self.bias = torch.nn.Parameter(torch.tensor(bias))
+        self.logit = Affine(scale, bias)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         a, b = (mean_pooled(self.encoder, {name[2:]: x for name, x in inputs.items() if name.startswith(side)}) for side in ("a_", "b_"))
-        return self.scale * (a * b).sum(-1) + self.bias
+        return self.logit((a * b).sum(-1))
 
 
 class CrossEncoder(torch.nn.Module):

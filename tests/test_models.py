@@ -248,7 +248,7 @@ def one_by_one(pair: PairModel, frame: pd.DataFrame, max_length: int = 64) -> np
             states = [pair.model.encoder(**pair.tokenizer(text, **options)).last_hidden_state[0] for text in (a, b)]  # (T, d) each
             means = [state.double().mean(0) for state in states]
             cosine = (means[0] @ means[1]) / (means[0].norm() * means[1].norm())
-            logit = pair.model.scale.double() * cosine + pair.model.bias.double()
+            logit = pair.model.logit.scale.double() * cosine + pair.model.logit.bias.double()
         else:
             logit = pair.model.classifier(**pair.tokenizer(a, b, **options)).logits[0, 0].double()
         result.append(1 / (1 + math.exp(-float(logit))))
@@ -326,7 +326,7 @@ def test_two_towers_by_hand():
 
 def test_a_cosine_of_four_tenths_starts_at_one_half():
     model = TwoTower(torch.nn.Identity())
-    assert torch.sigmoid(model.scale * 0.4 + model.bias).item() == pytest.approx(0.5)
+    assert torch.sigmoid(model.logit.scale * 0.4 + model.logit.bias).item() == pytest.approx(0.5)
 
 
 # --- scoring leaves the model as it was ---------------------------------------------------------------------------------------------
