@@ -1,4 +1,4 @@
-"""Tiny pair models for the tests: two layers, hidden size 32, built from a configuration, with a vocabulary of words written here."""
+"""Tiny models for the tests: a perceptron on points, and pair models of two layers, hidden size 32, with a vocabulary written here."""
 
 import numpy as np
 import pandas as pd
@@ -68,3 +68,19 @@ def tiny_frame(count: int, *, seed: int = 0, queries: int = 4, prefix: str = "s"
         shared = len(set(text[number % queries].split()) & set(candidate.split()))
         rows.append((f"{prefix}{number:04d}", text[number % queries], candidate, min(shared, 1) * 1.0, f"q{number % queries}"))
     return pd.DataFrame(rows, columns=["sample_id", "text_a", "text_b", "label", "query_id"])
+
+
+def residual(model, batch):
+    """(prediction - y)^2 per sample."""
+    return (model(batch["x"])[:, 0] - batch["y"]) ** 2
+
+
+def perceptron(*, seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 1)).eval()
+
+
+def points(count: int = 6, seed: int = 0, dtype=torch.float32) -> dict:
+    rng = np.random.default_rng(seed)
+    return {"x": torch.tensor(rng.normal(size=(count, 3)), dtype=dtype), "y": torch.tensor(rng.normal(size=count), dtype=dtype)}
