@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +22,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .data.frame import require_complete
 from .evaluation import evaluate
+from .gradients import weighted_backward
 from .importance import Weighting
 from .models import PairCollator, PairDataset, PairModel, predict
 from .objectives import LOSSES
+from .reference import WeightedBackward
 
 # %% auto #0
-__all__ = ['WeightedTrainer', 'TrainingSettings', 'FineTuned', 'sample_weights', 'fine_tune']
+__all__ = ['WeightedTrainer', 'TrainingSettings', 'FineTuned', 'sample_weights', 'fine_tune', 'ImportanceTrainer']
 
 # %% ../nbs/30_training.ipynb #408452cb
 class WeightedTrainer(Trainer):
@@ -281,3 +283,64 @@ def _history(log: list[dict]) -> pd.DataFrame:
         }
     history = pd.DataFrame(rows.values(), columns=["step", "epoch", "loss", "ndcg@10", "log_loss"])
     return history.dropna(subset=["ndcg@10"]).reset_index(drop=True)
+
+# %% ../nbs/30_training.ipynb #cb7b7dce
+class ImportanceTrainer(Trainer):
+    """Hugging Face Trainer whose every step weights its own samples by their importance: mean_i(w_i l_i), w = weighting(||g_i||).
+
+    loss: (model, batch) -> (B,) per-sample losses; the collator's batch holds what it needs, set remove_unused_columns=False.
+    weighting: article A's rule by default, annealed over the training steps. parameters, by_sample: see
+    `recsys_importance.gradients.weighted_backward`, which takes the place of backward: one forward and one backward pass a step,
+    micro-batches weighted as one, norms gathered over all ranks, bf16 and fp16 as the arguments say.
+    `seen`: the losses, norms and weights of the last step on this rank. Other arguments: see Trainer.
+    Raises ValueError for what cannot keep samples apart: DataParallel, DeepSpeed, FSDP and torch.compile.
+    Source: article A, sections 3.2 (step 3) and 4.2.
+    """
+
+    def __init__(
+        self,
+        *args,
+        loss: Callable,
+        weighting: Weighting | None = None,
+        parameters: str | Sequence[str] = "*",
+        by_sample: str | Sequence[str] = (),
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        for refused, name in (
+            (self.args.n_gpu > 1, "DataParallel over several GPUs"),
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.is_fsdp_enabled, "FSDP"),
+            (self.args.torch_compile, "torch_compile"),
+        ):
+            if refused:
+                raise ValueError(f"{name} does not keep samples apart; start one process per GPU with torchrun (DistributedDataParallel)")
+        self.loss, self.weighting, self.parameters, self.by_sample = loss, weighting or Weighting(), parameters, by_sample
+        self.seen: WeightedBackward | None = None
+        self._micro_batches: list[dict] = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        self._micro_batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:  # the gradient of all micro-batches is formed with the last one
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        self.seen = weighted_backward(
+            model,
+            self._losses,
+            batches,
+            self.weighting,
+            parameters=self.parameters,
+            progress=min(self.state.global_step / max(self.state.max_steps, 1), 1.0),
+            by_sample=self.by_sample,
+            scaler=self.accelerator.scaler,
+        )
+        return (self.seen.weights * self.seen.losses).mean()
+
+    def _losses(self, model, batch):
+        with self.compute_loss_context_manager():
+            return self.loss(model, batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses = self.loss(model, inputs)  # an evaluation's loss is unweighted
+        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
