@@ -1,35 +1,17 @@
-"""Per-sample gradient norms against finite differences and whole-batch autograd; scores survive every kind of interruption."""
+"""Per-sample gradient norms and weighted steps against finite differences and whole-batch autograd."""
 
-import functools
-import hashlib
-import json
 import math
-import signal
-import subprocess
-import sys
-import time
-import weakref
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import tiny_config, tiny_frame, tiny_pair, tiny_tokenizer
 
-from recsys_importance import gradients
-from recsys_importance.gradients import (
-    batch_size_of,
-    chosen_parameters,
-    gradient_norms,
-    read_scores,
-    score_dataset,
-    weighted_backward,
-    write_scores,
-)
+from recsys_importance.gradients import gradient_norms, weighted_backward
 from recsys_importance.importance import Weighting
 from recsys_importance.models import CrossEncoder, PairCollator, PairDataset, PairModel, TwoTower
-from recsys_importance.objectives import LOSSES, cross_entropy, squared_error
+from recsys_importance.objectives import LOSSES, cross_entropy
+from recsys_importance.reference import batch_size_of, chosen_parameters
 
 ARCHITECTURES = ("two_tower", "cross_encoder")
 
@@ -40,11 +22,6 @@ ARCHITECTURES = ("two_tower", "cross_encoder")
 def residual(model, batch):
     """(prediction - y)^2 per sample."""
     return (model(batch["x"])[:, 0] - batch["y"]) ** 2
-
-
-def absolute(model, batch):
-    """|prediction - y| per sample."""
-    return (model(batch["x"])[:, 0] - batch["y"]).abs()
 
 
 def perceptron(*, seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
@@ -444,308 +421,17 @@ def test_bfloat16_parameters_accumulate_in_float32():
     torch.testing.assert_close(model.weight.grad.float(), torch.ones(1, 2), rtol=2**-8, atol=0)
 
 
-# --- a whole data set -------------------------------------------------------------------------------------------------------------------
-
-
-class Points:
-    """The samples of `points` as a data set; reading `fails_at` raises."""
-
-    def __init__(self, count: int = 22, *, fails_at: int | None = None, **columns):
-        self.columns = points(count, seed=5) | {"sample_id": [f"s{i:03d}" for i in range(count)]} | columns
-        self.fails_at = fails_at
-
-    def __len__(self):
-        return len(self.columns["sample_id"])
-
-    def __getitem__(self, row):
-        if row == self.fails_at:
-            raise InterruptedError
-        return {name: values[row] for name, values in self.columns.items()}
-
-
-def stack(rows):
-    return {name: [row[name] for row in rows] if name == "sample_id" else torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-SETTINGS = dict(batch_size=3, shard_size=8, progress=False)
-
-
-def score_points(folder, dataset=None, *, model=None, loss=residual, **changes):
-    return score_dataset(model or perceptron(), loss, Points() if dataset is None else dataset, stack, folder, **SETTINGS | changes)
-
-
-def contents(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scores")
-    score_points(folder)
-    return contents(folder)
-
-
-def test_scores_are_the_norms_of_the_batches(tmp_path):
-    dataset, model = Points(), perceptron()
-    scores = score_points(tmp_path, dataset)
-    expected = []
-    for start, stop in [(0, 8), (8, 16), (16, 22)]:
-        for first in range(start, stop, 3):
-            expected.append(gradient_norms(model, residual, stack([dataset[i] for i in range(first, min(first + 3, stop))])))
-    assert scores.columns.tolist() == ["sample_id", "score"] and scores["sample_id"].tolist() == dataset.columns["sample_id"]
-    assert scores["score"].dtype == np.float32 and scores["sample_id"].dtype == "str" and scores.index.tolist() == list(range(22))
-    np.testing.assert_array_equal(scores["score"], torch.cat(expected))
-    pd.testing.assert_frame_equal(read_scores(tmp_path), scores)
-
-
-def test_pairs_are_scored_with_dropout_off_and_modes_come_back(tmp_path):
-    pair, frame = tiny_pair(dropout=0.5), tiny_frame(7)
-    expected = gradient_norms(pair.model, cross_entropy, PairCollator(pair)([PairDataset(frame)[i] for i in range(7)]))
-    pair.model.train()
-    pair.model.encoder.embeddings.eval()
-    modes = [module.training for module in pair.model.modules()]
-    for name, dtype, tolerance in (("narrow", None, 1e-4), ("wide", torch.float64, 1e-4)):
-        arguments = (pair.model, cross_entropy, PairDataset(frame), PairCollator(pair), tmp_path / name)
-        scores = score_dataset(*arguments, dtype=dtype, batch_size=2, shard_size=3, progress=False)
-        np.testing.assert_allclose(scores["score"], expected, rtol=tolerance)
-        assert scores["score"].dtype == (np.float32 if dtype is None else np.float64)
-    assert [module.training for module in pair.model.modules()] == modes
-    assert all(parameter.grad is None for parameter in pair.model.parameters())
-
-
-def test_the_layout_of_the_shards(tmp_path):
-    score_points(tmp_path)
-    assert sorted(contents(tmp_path)) == ["identity.json", "scores-00000.parquet", "scores-00001.parquet", "scores-00002.parquet"]
-    sizes = [len(pd.read_parquet(tmp_path / f"scores-{shard:05d}.parquet")) for shard in range(3)]
-    assert sizes == [8, 8, 6]
-    identity = json.loads((tmp_path / "identity.json").read_text())
-    assert identity["samples"] == 22 and identity["loss"].startswith("residual ") and identity["parameters"] == ["*"]
-
-
-@pytest.mark.parametrize("fails_at", [2, 8, 12, 20])
-def test_a_run_that_fails_continues_to_the_same_bytes(fails_at, tmp_path, uninterrupted):
-    with pytest.raises(InterruptedError):
-        score_points(tmp_path, Points(fails_at=fails_at))
-    assert len(list(tmp_path.glob("*.parquet"))) == fails_at // 8 and not list(tmp_path.glob("*.tmp"))
-    with pytest.raises(
-        ValueError, match=f"holds {fails_at // 8 * 8} of 22 scores; run score_dataset again with the same arguments to finish it"
-    ):
-        read_scores(tmp_path)
-    score_points(tmp_path)
-    assert contents(tmp_path) == uninterrupted
-
-
-def test_a_finished_run_is_read_and_not_computed_again(tmp_path, uninterrupted, monkeypatch):
-    scores = score_points(tmp_path)
-    monkeypatch.setattr(gradients, "gradient_norms", lambda *args, **kwargs: pytest.fail("a finished run was scored again"))
-    pd.testing.assert_frame_equal(score_points(tmp_path), scores)
-    assert contents(tmp_path) == uninterrupted
-
-
-def test_losses_of_one_name_but_other_code_or_arguments_are_other_losses(tmp_path):
-    score_points(tmp_path / "code", loss=lambda model, batch: residual(model, batch))
-    with pytest.raises(ValueError, match="another run .*loss"):
-        score_points(tmp_path / "code", loss=lambda model, batch: residual(model, batch) ** 2)
-    score_points(tmp_path / "constant", loss=lambda model, batch: residual(model, batch) * 2)
-    with pytest.raises(ValueError, match="another run .*loss"):
-        score_points(tmp_path / "constant", loss=lambda model, batch: residual(model, batch) * 3)
-    score_points(tmp_path / "arguments", loss=functools.partial(scaled, factor=1.0))
-    with pytest.raises(ValueError, match="another run .*loss"):
-        score_points(tmp_path / "arguments", loss=functools.partial(scaled, factor=2.0))
-
-
-def scaled(model, batch, factor):
-    return factor * residual(model, batch)
-
-
-def test_a_shard_that_is_lost_is_computed_again(tmp_path, uninterrupted):
-    score_points(tmp_path)
-    (tmp_path / "scores-00001.parquet").unlink()
-    score_points(tmp_path)
-    assert contents(tmp_path) == uninterrupted
-
-
-KILLED = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_gradients import Points, score_points
-
-class Slow(Points):
-    def __getitem__(self, row):
-        time.sleep(0.05 if row else 0)
-        return super().__getitem__(row)
-
-score_points({folder!r}, Slow())
-"""
-
-
-def test_a_run_that_is_killed_continues_to_the_same_bytes(tmp_path, repository, uninterrupted):
-    folder, first = tmp_path / "scores", tmp_path / "scores" / "scores-00000.parquet"
-    code = KILLED.format(tests=str(repository / "tests"), folder=str(folder))
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=repository, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not first.exists() and run.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        run.send_signal(signal.SIGKILL)
-        errors = run.communicate()[1].decode()
-    assert run.returncode == -signal.SIGKILL, errors
-    assert first.exists() and not (folder / "scores-00002.parquet").exists()
-    score_points(folder)
-    assert contents(folder) == uninterrupted
-
-
-def test_leftovers_of_a_kill_in_the_middle_of_writing_do_no_harm(tmp_path, uninterrupted):
-    with pytest.raises(InterruptedError):
-        score_points(tmp_path, Points(fails_at=8))
-    (tmp_path / "scores-00001.parquet.tmp").write_bytes(b"PAR1 half a shard")
-    with pytest.raises(ValueError, match="holds 8 of 22 scores"):
-        read_scores(tmp_path)
-    score_points(tmp_path)
-    assert contents(tmp_path) == uninterrupted
-
-
-def test_leftovers_of_a_kill_before_the_first_shard_do_no_harm(tmp_path, uninterrupted):
-    (tmp_path / "identity.json.tmp").write_text('{"samples": ')
-    score_points(tmp_path)
-    assert contents(tmp_path) == uninterrupted
-
-
-@pytest.mark.parametrize(
-    ("key", "change"),
-    [
-        ("model", dict(model=perceptron(seed=1))),
-        ("loss", dict(loss=absolute)),
-        ("parameters", dict(parameters="3.*")),
-        ("dtype", dict(dtype=torch.float64)),
-        ("batch_size", dict(batch_size=4)),
-        ("shard_size", dict(shard_size=9)),
-        ("samples", dict(dataset=Points(21))),
-    ],
-)
-def test_another_run_is_refused_the_folder(key, change, tmp_path):
-    score_points(tmp_path)
-    before = contents(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"holds scores of another run .*{key} .* there, .* now.*; choose another folder or delete this one"
-    ):
-        score_points(tmp_path, **change)
-    assert contents(tmp_path) == before
-
-
-def test_samples_of_another_name_are_refused_the_folder(tmp_path):
-    score_points(tmp_path)
-    with pytest.raises(ValueError, match="holds scores of another run: samples 0 to 7 had other contents"):
-        score_points(tmp_path, Points(sample_id=[f"t{i:03d}" for i in range(22)]))
-
-
-@pytest.mark.parametrize("column", ["x", "y"])
-def test_the_same_samples_with_other_contents_are_refused_the_folder(column, tmp_path):
-    """Labels with noise in them keep their sample_id: the scores of the clean ones must not pass for theirs."""
-    clean = Points()
-    score_points(tmp_path, clean)
-    changed = clean.columns[column].clone()
-    changed[4:9] += 1
-    with pytest.raises(ValueError, match="another run"):
-        score_points(tmp_path, Points(**{column: changed}))
-
-
-@pytest.mark.parametrize(("first", "second"), [(1, 3), (1, 20)], ids=["in one shard", "in two shards"])
-def test_a_sample_id_that_occurs_twice_is_refused(first, second, tmp_path):
-    names = [f"s{i:03d}" for i in range(22)]
-    names[second] = names[first]
-    for _ in range(2):
-        with pytest.raises(ValueError, match="sample_id 's001' occurs twice; scores are keyed by sample_id, so it must be unique"):
-            score_points(tmp_path, Points(sample_id=names))
-
-
-def test_a_score_that_is_not_finite_is_refused_and_its_shard_not_written(tmp_path):
-    labels = Points().columns["y"].clone()
-    labels[10] = float("inf")
-    with pytest.raises(ValueError, match="norms are NaN or infinite, the first for sample 's010'"):
-        score_points(tmp_path, Points(y=labels))
-    assert sorted(contents(tmp_path)) == ["identity.json", "scores-00000.parquet"]
-    with pytest.raises(ValueError, match="2 scores are NaN or infinite, the first for sample 's001'"):
-        scorer = lambda batch: torch.tensor([1.0, float("nan"), float("inf")])  # noqa: E731
-        write_scores(scorer, Points(3), stack, tmp_path / "other", identity={}, progress=False)
-    assert sorted(contents(tmp_path / "other")) == ["identity.json"]
-
-
-def test_an_empty_data_set_is_refused_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="the data set has no samples to score"):
-        score_dataset(perceptron(), residual, [], stack, tmp_path / "scores", **SETTINGS)
-    assert not (tmp_path / "scores").exists()
-
-
-@pytest.mark.parametrize("change", [dict(batch_size=0), dict(shard_size=0), dict(batch_size=-1)])
-def test_sizes_below_one_are_refused(change, tmp_path):
-    with pytest.raises(ValueError, match="batch_size and shard_size must be 1 or more, got"):
-        score_points(tmp_path / "scores", **change)
-    assert not (tmp_path / "scores").exists()
-
-
-def test_a_folder_without_scores(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no scores \(no identity.json\); run score_dataset first"):
-        read_scores(tmp_path)
-
-
-def test_any_scorer_writes_scores(tmp_path):
-    scores = write_scores(lambda batch: batch["x"].norm(dim=1), Points(), stack, tmp_path, identity={"score": "length"}, **SETTINGS)
-    np.testing.assert_allclose(scores["score"], Points().columns["x"].norm(dim=1), rtol=1e-6)
-    with pytest.raises(ValueError, match="score 'length' there, 'other' now"):
-        write_scores(lambda batch: batch["x"].norm(dim=1), Points(), stack, tmp_path, identity={"score": "other"}, **SETTINGS)
-
-
-def test_a_scorer_that_gives_another_number_of_scores_is_refused(tmp_path):
-    with pytest.raises(ValueError):
-        write_scores(lambda batch: batch["x"].norm(dim=1)[:2], Points(), stack, tmp_path, identity={}, **SETTINGS)
-    assert not list(tmp_path.glob("*.parquet"))
-
-
-def test_memory_holds_one_batch_at_a_time(tmp_path):
-    alive, most = weakref.WeakSet(), []
-
-    class Batch(dict):
-        """A batch that can be counted."""
-
-        __hash__ = object.__hash__
-
-    def counted(rows):
-        most.append(len(alive))
-        batch = Batch(stack(rows))
-        alive.add(batch)
-        return batch
-
-    write_scores(lambda batch: batch["x"].norm(dim=1), Points(80), counted, tmp_path, identity={}, **SETTINGS)
-    assert len(most) == 30 and max(most) <= 1  # 10 shards of 8 in batches of 3; the one before may live while the next is made
-
-
-def test_progress_goes_to_standard_error(tmp_path, capfd):
-    score_points(tmp_path / "first", progress=True)
-    out, err = capfd.readouterr()
-    assert out == "" and "scoring" in err and "22/22" in err
-    score_points(tmp_path / "first", progress=True)
-    assert "22/22" in capfd.readouterr().err
-    score_points(tmp_path / "second")
-    assert capfd.readouterr() == ("", "")
-
-
 # --- on a GPU ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_norms_and_scores_on_a_gpu_are_those_of_the_cpu(architecture, tmp_path):
+def test_norms_on_a_gpu_are_those_of_the_cpu(architecture):
     pair, batch = pair_batch(architecture)
     on_gpu = tiny_pair(architecture, device="cuda").model
     moved = {name: value.cuda() if torch.is_tensor(value) else value for name, value in batch.items()}
     expected = gradient_norms(pair.model, cross_entropy, batch)
     torch.testing.assert_close(gradient_norms(on_gpu, cross_entropy, moved).cpu(), expected, rtol=1e-3, atol=1e-5)
-    frame = tiny_frame(9)
-    arguments = (squared_error, PairDataset(frame), PairCollator(pair))
-    scores = [score_dataset(model, *arguments, tmp_path / name, progress=False) for name, model in (("gpu", on_gpu), ("cpu", pair.model))]
-    np.testing.assert_allclose(scores[0]["score"], scores[1]["score"], rtol=1e-3)
 
 
 @pytest.mark.gpu
