@@ -30,13 +30,13 @@ export RECSYS_IMPORTANCE_DATA := $(shell { cd "$(RECSYS_IMPORTANCE_DATA)" 2>/dev
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test lab check sync lint format export readme constraints hooks
+.PHONY: help setup study test bench lab check sync lint format export readme constraints hooks
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: STUDY=weighted_bert DATA=auto|chorus|shop|path/to/file.csv PARAMS="noise=0.2 seeds=3" CONFIG=file.yaml for study,'
-	@echo '  ARGS="-k name" for test, PYTHON=python3.12 and TORCH_INDEX=https://... (a further wheel index for torch) for set-up.'
+	@echo '  ARGS="-k name" for test, ARGS="--repeats 15" for bench, PYTHON=python3.12 and TORCH_INDEX=https://... (a further wheel index for torch) for set-up.'
 
 # .venv/.made holds what .venv was made from: its Python version, this folder, the pins. `unfinished` there means that a set-up was
 # interrupted, and then .venv is made anew; so it is when the Python version or the folder changed. When only the pins changed, or the file is
@@ -82,6 +82,12 @@ study: $(SETUP) ## run a study and say where its report is
 
 test: $(SETUP) ## run every test
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(SETUP) ## measure the engine and its peers on this processor (minutes; see benchmarks/README.md)
+	@$(BIN)/python benchmarks/gradient_norms.py --model bert-base --batch 8 --tokens 64 --out benchmarks/results/cpu-bert-base-b8-t64.jsonl $(ARGS)
+	@$(BIN)/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 64 --out benchmarks/results/cpu-minilm-b16-t64.jsonl $(ARGS)
+	@$(BIN)/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 128 --out benchmarks/results/cpu-minilm-b16-t128.jsonl $(ARGS)
+	@$(BIN)/python benchmarks/score_dataset.py --out benchmarks/results/cpu-score-dataset.jsonl $(ARGS)
 
 lab: $(SETUP) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
