@@ -353,7 +353,7 @@ class _LinearTap(torch.autograd.Function):
 
 _TAPS = (_Tap._backward_cls, _LinearTap._backward_cls)
 
-# %% ../nbs/21_gradients.ipynb #ee60bbb7
+# %% ../nbs/21_gradients.ipynb #53e8e5c2
 class _Site:
     """One module whose parameters are recorded: `own`, by their names in the module."""
 
@@ -372,9 +372,10 @@ class _Site:
         inputs = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
         if self.own:
             inputs, output = self._per_sample(inputs, output)
-        linear = type(module).forward is torch.nn.Linear.forward
+        linear = type(module).forward is torch.nn.Linear.forward and output.ndim > 1
         if linear and _onednn(output) and inputs[0].dtype == module.weight.dtype == torch.float32:
-            return _LinearTap.apply(self, self.tape.anchor, output.detach(), inputs[0], module.weight.detach())
+            anchor = self.tape.anchor if self.own else None  # without parameters of its own it is no reason to run the backward pass
+            return _LinearTap.apply(self, anchor, output.detach(), inputs[0], module.weight.detach())
         return _Tap.apply(self, None, 1, self.tape.anchor, output, *inputs) if self.own else None
 
     def _per_sample(self, inputs, output):
@@ -410,7 +411,10 @@ class _Site:
         device = next(iter(self.own.values())).device.type
         mode = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         call = _Call([None if k in given else x for k, x in enumerate(inputs)], given, shape_of_inputs, places, mode)
-        tapped = _Tap.apply(self, call, len(places), self.tape.anchor, *(outputs[k] for k in places), *(inputs[k] for k in given))
+        results = [outputs[k] for k in places]
+        tapped = _Tap.apply(
+            self, call, len(places), self.tape.anchor, *results, *(inputs[k] for k in given), *(x.detach() for x in results)
+        )
         for k, x in zip(places, [tapped] if len(places) == 1 else tapped, strict=True):
             outputs[k] = x
         return pytree.tree_unflatten(outputs, shape_of_outputs)
@@ -429,6 +433,7 @@ class _Site:
     def _loop(self, call: _Call, inputs, gradients) -> dict[str, Term]:
         """Whole gradients of the module, one sample after the other, from its inputs and output gradients."""
         count, rows = self.tape.count, []
+        inputs, results = inputs[: len(call.given)], inputs[len(call.given) :]
         self.tape.paused = True
         try:
             for i in range(count):
@@ -439,10 +444,15 @@ class _Site:
                 device, dtype, enabled = call.mode
                 with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                     outputs = pytree.tree_leaves(self.module(*args, **kwargs))
+                for k, result in zip(call.places, results, strict=True):
+                    if outputs[k].shape != result[i : i + 1].shape or not torch.allclose(
+                        outputs[k], result[i : i + 1], rtol=1e-2, atol=1e-4
+                    ):
+                        raise ValueError(
+                            f"{self} gives another result for sample {i} alone than in its batch, so by_sample cannot serve it: dropout in "
+                            "train mode, or samples that influence one another; use eval mode, register a rule, or freeze it"
+                        )
                 pairs = [(outputs[k], e[i : i + 1]) for k, e in zip(call.places, gradients, strict=True) if e is not None]
-                for value, e in pairs:
-                    if value.shape != e.shape:
-                        raise ValueError(f"{self} gave shape {tuple(value.shape)} for one sample of a batch that got {tuple(e.shape)}")
                 values, directions = zip(*pairs, strict=True)
                 rows.append(torch.autograd.grad(values, list(self.own.values()), directions, allow_unused=True))
         finally:
