@@ -227,14 +227,16 @@ def _sum_of_products(a: list[torch.Tensor], b: list[torch.Tensor], symmetric: bo
             total = total + product[..., :below].sum((1, 2))
     return total
 
-# %% ../nbs/21_gradients.ipynb #63197947
+# %% ../nbs/21_gradients.ipynb #bff8cd07
 def _inner(a: Term, b: Term, shape: torch.Size, grams: _Grams) -> torch.Tensor:
     """<a_i, b_i> per sample, (B,), for two terms of one parameter of this shape."""
     match a, b:
         case Outer(), Outer():
             return _inner_of_outer(a, b, grams)
         case Rows(), Rows():
-            return _square_of_rows(a) if a is b else (_batched(a.values, b.values) * (a.index[:, :, None] == b.index[:, None])).sum((1, 2))
+            if a is b and not a.values.is_cuda:  # there, adding rows in any order would give other bits each time
+                return _square_of_rows(a)
+            return (_batched(a.values, b.values) * (a.index[:, :, None] == b.index[:, None])).sum((1, 2))
         case Outer(), Rows():
             places = b.index[:, None].expand(-1, a.left.shape[1], -1)  # (B, S, T)
             return (_batched(a.right, b.values) * a.left.gather(2, places)).sum((1, 2))
@@ -307,13 +309,13 @@ def _columns_times_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = a.to(wide), b.to(wide)
     return _rows_times_rows(a.mT, b.mT)
 
-# %% ../nbs/21_gradients.ipynb #35abd658
+# %% ../nbs/21_gradients.ipynb #00a1924b
 class _Tap(torch.autograd.Function):
     """The identity on a module's outputs; in the backward pass it hands the module's inputs and output gradients to its site."""
 
     @staticmethod
     def forward(ctx, site, call, count, anchor, *tensors):
-        ctx.site, ctx.call = site, call
+        ctx.site, ctx.call, ctx.count = site, call, count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[count:])
         outputs = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
@@ -349,9 +351,6 @@ class _LinearTap(torch.autograd.Function):
                 back = back.new_zeros(*e.shape[:2], back.shape[-1]).index_copy_(1, positions, back)
             back = back.reshape(x.shape)
         return None, None, None, back, None
-
-
-_TAPS = (_Tap._backward_cls, _LinearTap._backward_cls)
 
 # %% ../nbs/21_gradients.ipynb #53e8e5c2
 class _Site:
@@ -575,26 +574,29 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
         elif _mkl_is_slow() and type(module).forward is torch.nn.Linear.forward:
             yield _Site(tape, name, module, {}, None)
 
-# %% ../nbs/21_gradients.ipynb #6d7b64d2
+# %% ../nbs/21_gradients.ipynb #d6957c29
 def _check_uses(root, names: dict[int, str]) -> None:
     """Raise ValueError if a recorded parameter enters the loss other than through its own module's forward."""
     stack, seen = [(root, ())], {root}
     while stack:
-        node, own = stack.pop()
-        for following, _ in node.next_functions:
-            if following is None:
-                continue
-            variable = getattr(following, "variable", None)
-            if variable is not None:
-                if id(variable) in names and not any(variable is p for p in own):
+        node, holders = stack.pop()
+        edges = [following for following, _ in node.next_functions]
+        if isinstance(node, _Tap._backward_cls):  # its module's own work lies between its outputs and its inputs
+            groups = [(edges[1 + node.count :], ()), (edges[1 : 1 + node.count], node.site.own.values())]
+        else:
+            groups = [(edges, () if isinstance(node, _LinearTap._backward_cls) else holders)]
+        for followings, holders in groups:
+            for following in followings:
+                variable = getattr(following, "variable", None)
+                if variable is not None and id(variable) in names and not any(variable is p for p in holders):
                     raise ValueError(
                         f"parameter {names[id(variable)]!r} is used outside the forward of a module that holds it, so its gradient "
                         "cannot be told apart by sample. Give by_sample the module in whose forward all of its uses are, or use "
                         "recsys_importance.reference"
                     )
-            elif following not in seen:
-                seen.add(following)
-                stack.append((following, following.site.own.values() if isinstance(following, _TAPS) else own))
+                if following is not None and variable is None and following not in seen:
+                    seen.add(following)
+                    stack.append((following, holders))
 
 # %% ../nbs/21_gradients.ipynb #327a45a9
 class SampleGradients:
@@ -749,7 +751,7 @@ def largest_error(
     alone = torch.cat([gradient_norms_by_loop(exact, loss, one_sample(batch, i), parameters=parameters) for i in range(len(norms))])
     return float(((norms - alone).abs() / alone.clamp_min(1e-300)).max())
 
-# %% ../nbs/21_gradients.ipynb #54774b4c
+# %% ../nbs/21_gradients.ipynb #cc332c3b
 def weighted_backward(
     model: torch.nn.Module,
     loss: Loss,
@@ -796,7 +798,8 @@ def weighted_backward(
 
 def _keeps_ratios(weighting: Weighting, progress: float) -> bool:
     """Whether two samples keep the ratio of their weights when others join: then gradients can be summed before all norms are known."""
-    return weighting.exponent == 0 or (weighting.threshold is None and weighting.clip is None and weighting.share(progress) == 1)
+    uniform, unbounded = weighting.exponent == 0, weighting.clip is None and weighting.share(progress) == 1
+    return weighting.threshold is None and (uniform or unbounded)
 
 
 @dataclass
