@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -38,7 +38,9 @@ def chosen_parameters(model: torch.nn.Module, patterns: str | Sequence[str] = "*
 
 
 def batch_size_of(batch: dict) -> int:
-    """Samples in a batch: the common first dimension of its tensors and length of its lists. Raises ValueError if they differ."""
+    """Samples in a batch: the common first dimension of its tensors and length of its lists. Raises ValueError if they differ or it is no dict."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"expected a batch as a dict of tensors and lists, got {type(batch).__name__}; name its parts, {{'x': x, 'y': y}}")
     sizes = {
         name: len(value) for name, value in batch.items() if isinstance(value, (list, tuple)) or (torch.is_tensor(value) and value.ndim)
     }
