@@ -173,19 +173,19 @@ def _rows_times_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b^T for matrices (M, K) and (N, K)."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _onednn(a) else a @ b.mT
 
-# %% ../nbs/21_gradients.ipynb #3b175eec
+# %% ../nbs/21_gradients.ipynb #4f7a0446
 class _Grams:
     """Products x_t . y_s of the positions of two tensors, (B, T, S), in blocks; the last few are kept, for Q, K and V share their input."""
 
     def __init__(self):
         self.kept = []
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
-        for a, b, blocks in self.kept:
-            if _same(a, x) and _same(b, y):
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> list[torch.Tensor]:
+        for a, b, halved, blocks in self.kept:
+            if _same(a, x) and _same(b, y) and halved == symmetric:
                 return blocks
-        blocks = _gram(x, y)
-        self.kept = [(x, y, blocks), *self.kept[:2]]
+        blocks = _gram(x, y, symmetric)
+        self.kept = [(x, y, symmetric, blocks), *self.kept[:2]]
         return blocks
 
 
@@ -193,9 +193,9 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-def _gram(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+def _gram(x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> list[torch.Tensor]:
     """Blocks of x y^T per sample. Of a symmetric product only the blocks on and below the diagonal: (B, block, end of block)."""
-    symmetric, (_, length, width) = _same(x, y), x.shape
+    _, length, width = x.shape
     alone = _onednn(x) and length * y.shape[1] * width > 8e6  # samples large enough to be multiplied one by one
     if not symmetric:
         return [torch.stack([_rows_times_rows(a, b) for a, b in zip(x, y, strict=True)]) if alone else _batched(x, y)]
@@ -227,7 +227,7 @@ def _sum_of_products(a: list[torch.Tensor], b: list[torch.Tensor], symmetric: bo
             total = total + product[..., :below].sum((1, 2))
     return total
 
-# %% ../nbs/21_gradients.ipynb #bff8cd07
+# %% ../nbs/21_gradients.ipynb #74eabfa9
 def _inner(a: Term, b: Term, shape: torch.Size, grams: _Grams) -> torch.Tensor:
     """<a_i, b_i> per sample, (B,), for two terms of one parameter of this shape."""
     match a, b:
@@ -254,7 +254,7 @@ def _inner_of_outer(a: Outer, b: Outer, grams: _Grams) -> torch.Tensor:
         return _square(a.left) * _square(a.right)
     if symmetric and length * (p + d) > 2 * p * d:  # then a sample's gradient is smaller than its Gram matrices
         return torch.stack([_of_sample(a, i, None).square().sum() for i in range(len(a.left))])
-    return _sum_of_products(grams(a.right, b.right), grams(a.left, b.left), symmetric)
+    return _sum_of_products(grams(a.right, b.right, symmetric), grams(a.left, b.left, symmetric), symmetric)
 
 
 def _of_sample(term: Term, i: int, shape: torch.Size | None) -> torch.Tensor:
