@@ -38,7 +38,7 @@ def chosen_parameters(model: torch.nn.Module, patterns: str | Sequence[str] = "*
 
 
 def batch_size_of(batch: dict) -> int:
-    """Samples in a batch: the common first dimension of its tensors and length of its lists. Raises ValueError if they differ or it is no dict."""
+    """Samples in a batch: the common first dimension of its tensors and lists. Raises ValueError if they differ or it is no dict."""
     if not isinstance(batch, Mapping):
         raise ValueError(f"a batch is a dict of tensors and lists, got {type(batch).__name__}; name its parts: {{'x': x}}")
     sizes = {
