@@ -16,7 +16,7 @@ import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_frame, tiny_pair
+from tiny import Through, tiny_frame, tiny_pair
 from torch import nn
 from torch.nn import functional
 
@@ -123,19 +123,6 @@ def places(*shape, below: int = 7, seed: int = 0) -> dict:
 # --- layers -----------------------------------------------------------------------------------------------------------------------------
 
 
-class Through(nn.Module):
-    """Named modules and a forward given as a function of the model and x."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.formula = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.formula(self, x)
-
-
 def conv1d(out: int, width: int):
     from transformers.pytorch_utils import Conv1D
 
@@ -212,6 +199,21 @@ LAYERS = {
             positions=nn.Embedding(12, 4),
             head=nn.Linear(4, 3),
         ),
+        places(4, 6),
+    ),
+    "positions (1, T), through layers of their own": lambda: (
+        Through(
+            lambda m, x: m.head(m.tokens(x) + m.norm(torch.tanh(m.linear(m.positions(torch.arange(6)[None]) / 2)))),
+            tokens=nn.Embedding(7, 4),
+            positions=nn.Embedding(12, 4),
+            head=nn.Linear(4, 3),
+            linear=nn.Linear(4, 4),
+            norm=nn.LayerNorm(4),
+        ),
+        places(4, 6),
+    ),
+    "one table for tokens and positions": lambda: (
+        Through(lambda m, x: m.head(m.table(x)[:, :3] * m.table(torch.arange(3)[None])), table=nn.Embedding(7, 4), head=nn.Linear(4, 3)),
         places(4, 6),
     ),
     "layer norm 2-D": lambda: (nn.LayerNorm(6), numbers(4, 6)),
@@ -378,8 +380,31 @@ def test_a_rule_of_one_s_own_called_twice(scale_rule):
     certify(model, readout, numbers(4, 3, 6))
 
 
+class Temperature(nn.Module):
+    """Logits divided by one trained number."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, logits):
+        return logits / self.temperature
+
+
+def test_a_rule_of_one_s_own_for_one_number_per_sample():
+    @rule(Temperature)
+    def of_temperature(module, inputs, e):
+        return {"temperature": Whole(-e * inputs[0] / module.temperature**2)}
+
+    try:
+        model = Through(lambda m, x: m.calibrated(m.linear(x)[:, 0]), linear=nn.Linear(6, 1), calibrated=Temperature())
+        certify(shaken(model), readout, numbers(4, 6))
+    finally:
+        del RULES[f"{Temperature.__module__}.{Temperature.__qualname__}"]
+
+
 def test_the_rule_is_gone_with_its_test():
-    assert not any("Scale" in name for name in RULES)
+    assert not any("Scale" in name or "Temperature" in name for name in RULES)
 
 
 class Mixing(nn.Module):
@@ -509,6 +534,13 @@ def relative_deberta():
     return DebertaV2ForSequenceClassification(DebertaV2Config(**NAMED, **relative, type_vocab_size=0, num_labels=3))
 
 
+def mpnet():
+    """Attention scores get a bias from an Embedding of distances, the same for all samples: the encoder needs by_sample."""
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    return MPNetForSequenceClassification(MPNetConfig(**NAMED, num_labels=3))
+
+
 def modernbert():
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
 
@@ -566,6 +598,7 @@ MODELS = {
     "albert": (albert, label_loss, ()),
     "deberta": (deberta, label_loss, ()),
     "deberta, relative positions": (relative_deberta, label_loss, "deberta.encoder"),
+    "mpnet": (mpnet, label_loss, "mpnet.encoder"),
     "modernbert": (modernbert, label_loss, ()),
     "gpt2": (gpt2, label_loss, ()),
     "gpt2, language": (gpt2_language, token_loss, ()),
@@ -579,6 +612,7 @@ PADDING = {
     "batch of one": [7],
     "sequence of one": [1, 1, 1],
     "repeated tokens": [9, 8, 9, 5],
+    "as many as samples": [4, 4, 4, 4],
 }
 
 
@@ -609,6 +643,16 @@ def test_models(model, padding):
         padding = {"sequence of one": "none", "one token": "repeated tokens"}[padding]  # there is no next token
     built, loss, by_sample = of(model)
     certify(built, loss, tokens(padding, model), by_sample=by_sample)
+
+
+@pytest.mark.parametrize("padding", ["right", "as many as samples"])
+@pytest.mark.parametrize("model", ["mpnet", "deberta, relative positions"])
+def test_models_that_need_by_sample_say_so(model, padding):
+    """With as many tokens as samples, too, where a table of distances looks like one row per sample."""
+    built, loss, _ = of(model)
+    for action in (gradient_norms, lambda *given: weighted_backward(*given, Weighting())):
+        with pytest.raises(ValueError, match="by_sample"):
+            action(built, loss, tokens(padding, model))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_frame, tiny_pair, tiny_tokenizer
+from tiny import Through, tiny_config, tiny_frame, tiny_pair, tiny_tokenizer
 
 from recsys_importance import gradients
 from recsys_importance.gradients import RULES, Whole, gradient_norms, rule, sample_gradients, weighted_backward
@@ -623,6 +623,15 @@ def test_samples_of_very_different_size_in_one_batch():
     assert off(linear.weight.grad[0], weights @ each / 6) < 1e-5
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25])
+def test_inputs_that_float32_cannot_square(scale):
+    """The loss's slope is 1 here, so that no scaling of the loss could help."""
+    model, batch = torch.nn.Linear(3, 1, bias=False), points()
+    batch["x"] *= scale
+    norms = gradient_norms(model, lambda model, batch: model(batch["x"])[:, 0], batch)
+    torch.testing.assert_close(norms.double(), batch["x"].double().norm(dim=1), rtol=1e-5, atol=0)
+
+
 # lower precision
 
 
@@ -824,19 +833,6 @@ def test_a_part_that_is_compiled_is_refused_by_name():
 # --- what the engine cannot tell apart ---------------------------------------------------------------------------------------------------
 
 
-class Through(torch.nn.Module):
-    """Named modules and a forward given as a function of the model and x."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.formula = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.formula(self, x)
-
-
 def total(model, batch):
     """Sum of the squared outputs, per sample."""
     return model(batch["x"]).flatten(1).square().sum(1)
@@ -978,12 +974,38 @@ def up_to(x) -> torch.Tensor:
     return torch.arange(x.shape[1])
 
 
+def distances(x) -> torch.Tensor:
+    """How far apart two positions are, (T, T), of inputs (B, T, d)."""
+    return (up_to(x)[:, None] - up_to(x)[None]).abs()
+
+
 UNLIKELY = {
     "positions given a batch dimension afterwards": (lambda: positioned(lambda m, x: m.linear(x + m.table(up_to(x))[None])), vectors()),
     "the first token of such": (lambda: positioned(lambda m, x: m.linear((x + m.table(up_to(x))[None])[:, 0])), vectors()),
     "positions whose batch dimension is taken away": (lambda: positioned(lambda m, x: m.linear(x + m.table(up_to(x)[None])[0])), vectors()),
     "one place for as many positions as samples": (lambda: positioned(lambda m, x: m.linear(x + m.table(up_to(x) * 0 + 4))), vectors(3)),
     "positions backwards, as many as samples": (lambda: positioned(lambda m, x: m.linear(x + m.table(up_to(x).flip(0)))), vectors(3)),
+    "the first row of scaled positions": (lambda: positioned(lambda m, x: m.linear(x + (m.table(up_to(x)[None]) / 2)[0])), vectors()),
+    "scaled positions given a batch dimension": (lambda: positioned(lambda m, x: m.linear(x + (m.table(up_to(x)) / 2)[None])), vectors()),
+    "scaled positions, as many as samples": (lambda: positioned(lambda m, x: m.linear(x + m.table(up_to(x)) / 2)), vectors(3)),
+    "normalised positions, as many as samples": (
+        lambda: Through(lambda m, x: m.linear(x + m.norm(m.table(up_to(x)))), table=table(), linear=linear(), norm=torch.nn.LayerNorm(4)),
+        vectors(3),
+    ),
+    "one table for tokens and for positions whose first row is taken": (
+        lambda: positioned(lambda m, x: m.linear(m.table(up_to(x)[None])[0] + m.table(x))),
+        words(),
+    ),
+    "biases of distances, as many positions as samples": (
+        lambda: positioned(lambda m, x: m.linear((x @ x.mT + m.table(distances(x))[..., 0]).softmax(-1) @ x)),
+        vectors(3),
+    ),
+    "biases of distances with the heads in front, as many positions as samples": (
+        lambda: positioned(
+            lambda m, x: m.linear((((x @ x.mT)[:, None] + m.table(distances(x)).permute(2, 0, 1)[None]).softmax(-1) @ x[:, None]).sum(1))
+        ),
+        vectors(3),
+    ),
     "an output changed in place": (lambda: Through(lambda m, x: m.linear(x).mul_(2), linear=linear()), vectors()),
     "a table's output changed in place": (lambda: positioned(lambda m, x: m.linear(m.table(x).add_(1))), words()),
     "activation in place": (

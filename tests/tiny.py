@@ -84,3 +84,16 @@ def perceptron(*, seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
 def points(count: int = 6, seed: int = 0, dtype=torch.float32) -> dict:
     rng = np.random.default_rng(seed)
     return {"x": torch.tensor(rng.normal(size=(count, 3)), dtype=dtype), "y": torch.tensor(rng.normal(size=count), dtype=dtype)}
+
+
+class Through(torch.nn.Module):
+    """Named modules and a forward given as a function of the model and x."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.formula = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.formula(self, x)
