@@ -309,14 +309,14 @@ def _columns_times_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = a.to(wide), b.to(wide)
     return _rows_times_rows(a.mT, b.mT)
 
-# %% ../nbs/21_gradients.ipynb #7e5de269
+# %% ../nbs/21_gradients.ipynb #2f7905fc
 class _Tap(torch.autograd.Function):
     """The identity on a module's outputs; in the backward pass it hands the module's inputs and output gradients to its site."""
 
     @staticmethod
     def forward(ctx, site, call, count, anchor, *tensors):
         ctx.site, ctx.call, ctx.count = site, call, count
-        ctx.shape = tensors[0].shape
+        ctx.shape, ctx.use = tensors[0].shape, site.use if call is None else _Use()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[count:])
         outputs = tuple(tensor.view_as(tensor) for tensor in tensors[:count])
@@ -325,6 +325,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         inputs = [tensor.detach() for tensor in ctx.saved_tensors]  # once: gradient checkpointing hands them out only once
+        if ctx.use.shared:
+            ctx.site.check_rows(gradients[0])
         ctx.site.deliver(ctx.call, inputs, gradients)
         through = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[4:], strict=False))
         return None, None, None, None, *through, *(None for _ in inputs)
@@ -354,13 +356,19 @@ class _LinearTap(torch.autograd.Function):
             back = back.reshape(x.shape)
         return None, None, None, back, None
 
-# %% ../nbs/21_gradients.ipynb #761fafb8
+# %% ../nbs/21_gradients.ipynb #2d18261f
+class _Use(NamedTuple):
+    """How one call of a module looked: whether all samples have one output; whether a table's places are square."""
+
+    shared: bool = False
+    square: bool = False
+
+
 class _Site:
     """One module whose parameters are recorded: `own`, by their names in the module."""
 
     def __init__(self, tape: _Tape, name: str, module: torch.nn.Module, own: dict[str, torch.nn.Parameter], rule: Rule | None):
         self.tape, self.name, self.module, self.own, self.rule = tape, name, module, own, rule
-        self.shared, self.places = False, None  # an embedding's: whether all samples have one output; one-dimensional input
 
     def hook(self, module, args, kwargs, output):
         """Forward hook: the same output, tapped."""
@@ -375,12 +383,21 @@ class _Site:
         if self.own:
             raw = output
             inputs, output = self._per_sample(inputs, output)
-            self.shared, self.places = output is not raw, inputs[0] if inputs and inputs[0].ndim == 1 else None
+            self.use = _Use(output is not raw, self._square(inputs))
         linear = type(module).forward is torch.nn.Linear.forward and output.ndim > 1
         if linear and _onednn(output) and inputs[0].dtype == module.weight.dtype == torch.float32:
             anchor = self.tape.anchor if self.own else None  # without parameters of its own it is no reason to run the backward pass
             return _LinearTap.apply(self, anchor, output.detach(), inputs[0], module.weight.detach())
         return _Tap.apply(self, None, 1, self.tape.anchor, output, *inputs) if self.own else None
+
+    def _square(self, inputs) -> bool:
+        """Whether a table's places, made in the forward pass, are as many as samples both ways: distances (T, T) or one row per sample."""
+        return isinstance(self.module, torch.nn.Embedding) and inputs[0].shape[:2] == (self.tape.count,) * 2 and not self._given(inputs[0])
+
+    def _given(self, places) -> bool:
+        """Whether these are a column of the batch, as it is or on another device or in another dtype."""
+        same_shape = (x for x in self.tape.columns if x.shape == places.shape)
+        return any(torch.equal(x.to(places.device, places.dtype), places) for x in same_shape)
 
     def _per_sample(self, inputs, output):
         """Inputs and output with the batch as first dimension; what is the same for all samples is repeated (without copying)."""
@@ -388,12 +405,23 @@ class _Site:
         if not torch.is_tensor(output):
             raise ValueError(f"{self} returned {type(output).__name__}, expected a tensor; pass by_sample={self.name!r}")
         shape = tuple(output.shape)
+        table = isinstance(self.module, torch.nn.Embedding)
+        if table and inputs[0].ndim == 1 and len(output) == count > 1 and not self._given(inputs[0]):
+            raise ValueError(
+                f"{self} was given the places {int(inputs[0][0])} to {int(inputs[0][-1])} for {count} samples: these may be positions or "
+                f"one place per sample; give positions as (1, {count}), or places per sample as a column of the batch"
+            )
+        if output.ndim and len(output) == 1 < count and any(x.requires_grad and _recorded(x.grad_fn) for x in inputs):
+            raise ValueError(
+                f"{self} was given one row for {count} samples, made from what already had a row for each: what is the same for all "
+                "samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
+            )
         if isinstance(self.module, torch.nn.Embedding) and inputs[0].ndim == 1 and len(output) != count:  # positions (T,)
             inputs, output = [inputs[0][None], *inputs[1:]], output[None]
         if output.ndim and len(output) == 1:
             output = output.expand(count, *output.shape[1:])
             inputs = [x.expand(count, *x.shape[1:]) if x.ndim and len(x) == 1 else x for x in inputs]
-        if output.ndim < (1 if self.rule is _affine else 2) or len(output) != count:
+        if output.ndim < (2 if self.rule in (_linear, _conv1d) else 1) or len(output) != count:
             raise ValueError(
                 f"{self} returned a tensor of shape {shape} in a batch of {count} samples; expected the samples as first "
                 "dimension, or 1 if all share it. Reshape in the model, pass by_sample for a module around it, or use "
@@ -402,20 +430,11 @@ class _Site:
         return inputs, output
 
     def check_consumer(self, tap, consumer) -> None:
-        """Raise ValueError if what reads a table's output mixes positions up with samples."""
-        if not isinstance(self.module, torch.nn.Embedding) or self.tape.count == 1:
-            return
-        result = tuple(consumer._input_metadata[0].shape) if consumer._input_metadata else ()
-        if self.shared and result != tuple(tap.shape):
+        """Raise ValueError if what reads a table of distances takes its first dimension for positions."""
+        if tap.use.square and self.tape.count > 1 and tuple(consumer._input_metadata[0].shape) != tuple(tap.shape):
             raise ValueError(
-                f"the output of {self}, the same for all samples, is reshaped or indexed before it meets the samples; add it to (B, T, d) "
-                "as it is, with positions of shape (1, T)"
-            )
-        if self.places is not None and consumer.name().startswith(("Add", "Sub", "Mul", "Div")) and len(result) > len(tap.shape):
-            first, last = int(self.places[0]), int(self.places[-1])
-            raise ValueError(
-                f"{self} was given the places {first} to {last} for {self.tape.count} samples: these are positions, not one place per "
-                f"sample; give positions as (1, {len(self.places)})"
+                f"{self} was given places of shape ({self.tape.count}, {self.tape.count}), which may be distances of positions or one row "
+                "per sample; pass by_sample for a module around it"
             )
 
     def _tap_whole_call(self, args, kwargs, output):
@@ -434,6 +453,12 @@ class _Site:
         for k, x in zip(places, [tapped] if len(places) == 1 else tapped, strict=True):
             outputs[k] = x
         return pytree.tree_unflatten(outputs, shape_of_outputs)
+
+    def check_rows(self, e) -> None:
+        """Raise ValueError if only the first of the rows that all samples share has a gradient, though other samples have one."""
+        first = self.tape.first
+        if first is not None and first[1:].any() and e[0].any() and not e[1:].any():
+            raise ValueError(f"{self} has one output for all samples, of which each gets a row; take no row of it: leave out [0]")
 
     def deliver(self, call, inputs, gradients):
         """In the backward pass: turn the output's gradient into terms and hand them to the tape."""
@@ -518,7 +543,7 @@ def _plain_precision(gradients):
     """Autocast off: it would round what the engine adds up."""
     return torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False)
 
-# %% ../nbs/21_gradients.ipynb #2c738e1a
+# %% ../nbs/21_gradients.ipynb #2e806c29
 class _Tape:
     """What one forward and backward pass leaves behind: per-sample squared norms, and the terms of the gradients that are wanted."""
 
@@ -526,6 +551,7 @@ class _Tape:
         self.model, self.count, self.counted, self.kept, self.wide = model, count, counted, kept, wide
         self.terms, self.pending = defaultdict(list), defaultdict(int)
         self.squares = self.first = self.cast = None
+        self.columns = []  # the batch's tensors
         self.in_backward = self.paused = False
         self.grams = _Grams()
         self.anchor = torch.zeros((), requires_grad=True)
@@ -626,7 +652,20 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
         elif _mkl_is_slow() and type(module).forward is torch.nn.Linear.forward:
             yield _Site(tape, name, module, {}, None)
 
-# %% ../nbs/21_gradients.ipynb #993e51b4
+# %% ../nbs/21_gradients.ipynb #8c15a203
+def _recorded(node) -> bool:
+    """Whether a recorded module's output is among what led to this node of the graph."""
+    stack, seen = [node], {None, node}
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (_Tap._backward_cls, _LinearTap._backward_cls)) and node.site.own:
+            return True
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        stack.extend(new)
+    return False
+
+
 def _check_uses(root, names: dict[int, str]) -> None:
     """Raise ValueError if a recorded parameter enters the loss other than through its own module's forward."""
     stack, seen = [(root, ())], {root}
@@ -679,7 +718,7 @@ class SampleGradients:
                 else:
                     parameter.grad.add_(total)
 
-# %% ../nbs/21_gradients.ipynb #1ec0f34c
+# %% ../nbs/21_gradients.ipynb #55705618
 def sample_gradients(
     model: torch.nn.Module,
     loss: Loss,
@@ -717,6 +756,7 @@ def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale) 
 
 
 def _run(tape: _Tape, loss, batch, loss_scale: float):
+    tape.columns = [x for x in batch.values() if torch.is_tensor(x) and x.ndim]
     with tape.recording(), torch.enable_grad():
         losses = loss(tape.model, batch)
         if not torch.is_tensor(losses) or losses.shape != (tape.count,):
@@ -796,7 +836,7 @@ def largest_error(
     alone = torch.cat([gradient_norms_by_loop(exact, loss, one_sample(batch, i), parameters=parameters) for i in range(len(norms))])
     return float(((norms - alone).abs() / alone.clamp_min(1e-300)).max())
 
-# %% ../nbs/21_gradients.ipynb #4833eba9
+# %% ../nbs/21_gradients.ipynb #dd25013b
 def weighted_backward(
     model: torch.nn.Module,
     loss: Loss,
@@ -866,7 +906,22 @@ class _Step:
     scale: float
 
     def gradients(self, batch: dict, kept: list) -> SampleGradients:
-        return _sample_gradients(self.model, self.loss, batch, self.counted, set(kept), self.by_sample, self.scale)
+        """The batch's gradients; if any rank fails, all raise, so that none waits for another."""
+        found = failure = None
+        try:
+            found = _sample_gradients(self.model, self.loss, batch, self.counted, set(kept), self.by_sample, self.scale)
+            if self.may_overflow:  # a loss scale can mend gradients, not losses
+                check_norms(found.losses, batch)
+        except Exception as error:
+            failure = error
+        if self.ranks is not None:
+            failed = torch.tensor([float(failure is not None)], device=next(self.model.parameters()).device)
+            distributed.all_reduce(failed, group=self.ranks)
+            if failed and failure is None:
+                raise ValueError("the step failed on another rank; its own error says why")
+        if failure is not None:
+            raise failure
+        return found
 
     def everyones(self, norms: torch.Tensor, batch: dict) -> tuple[torch.Tensor, slice]:
         """Norms of all ranks and where this rank's are; after an overflow all ones, for the gradients carry the infinity themselves."""

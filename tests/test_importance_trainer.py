@@ -131,6 +131,8 @@ ours = trainer(sys.argv[1], count=16, weighting=Weighting(exponent=1, clip=1.5),
 ours.train()
 if ours.args.process_index == 0:
     torch.save(parameters_of(ours.model), sys.argv[1] + "/end.pt")
+ours.accelerator.wait_for_everyone()
+ours.accelerator.end_training()
 """
 
 
