@@ -10,11 +10,17 @@ def blocks(repository, language):
     return re.findall(rf"```{language}\n(.*?)```", (repository / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-def test_the_import_example_runs_as_printed(repository, tmp_path):
-    (example,) = blocks(repository, "python")
-    assert len(example.splitlines()) <= 14
+def test_the_import_examples_run_one_after_the_other(repository, tmp_path):
+    examples = blocks(repository, "python")
+    assert len(examples) == 2 and all(len(example.splitlines()) <= 14 for example in examples)
+    check = "assert len(norms) == 16 and all(p.grad is not None for p in model.parameters())"
     run = subprocess.run(
-        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | {"MPLBACKEND": "Agg"}
+        [sys.executable, "-c", "\n".join([*examples, check])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"MPLBACKEND": "Agg"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     printed = re.fullmatch(r"NDCG@10 on unseen queries: (\d\.\d\d)\n", run.stdout)
