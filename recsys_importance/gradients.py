@@ -718,7 +718,7 @@ class SampleGradients:
                 else:
                     parameter.grad.add_(total)
 
-# %% ../nbs/21_gradients.ipynb #55705618
+# %% ../nbs/21_gradients.ipynb #257255ce
 def sample_gradients(
     model: torch.nn.Module,
     loss: Loss,
@@ -742,6 +742,10 @@ def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale) 
         raise ValueError(
             "a compiled model hides its modules; pass model._orig_mod, which shares its parameters (the engine runs it uncompiled)"
         )
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() records nothing to go backward through; call this outside it")
+    if not batch_size_of(batch):
+        raise ValueError("the batch is empty: every column has 0 entries")
     patterns = [by_sample] if isinstance(by_sample, str) else list(by_sample)
     tape_of = partial(_Tape, model, batch_size_of(batch), counted, kept, patterns)
     noise = _noise(model)
@@ -758,7 +762,15 @@ def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale) 
 def _run(tape: _Tape, loss, batch, loss_scale: float):
     tape.columns = [x for x in batch.values() if torch.is_tensor(x) and x.ndim]
     with tape.recording(), torch.enable_grad():
-        losses = loss(tape.model, batch)
+        try:
+            losses = loss(tape.model, batch)
+        except RuntimeError as error:
+            if "is a view and is being modified inplace" in str(error):
+                raise ValueError(
+                    "the output of a module is changed in place, which would change what its gradient is taken at; "
+                    "use an activation with inplace=False, or x = x * 2 in place of x.mul_(2)"
+                ) from error
+            raise
         if not torch.is_tensor(losses) or losses.shape != (tape.count,):
             shape = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
             raise ValueError(
@@ -836,7 +848,7 @@ def largest_error(
     alone = torch.cat([gradient_norms_by_loop(exact, loss, one_sample(batch, i), parameters=parameters) for i in range(len(norms))])
     return float(((norms - alone).abs() / alone.clamp_min(1e-300)).max())
 
-# %% ../nbs/21_gradients.ipynb #dd25013b
+# %% ../nbs/21_gradients.ipynb #a44923f8
 def weighted_backward(
     model: torch.nn.Module,
     loss: Loss,
@@ -856,7 +868,9 @@ def weighted_backward(
     parameters: name patterns of those the norms are taken over; the gradient goes to all trainable ones. progress: fraction of training
     done, for annealing. by_sample: name patterns of modules without a rule, whose gradients are formed sample by sample. scaler: of fp16
     training; the gradient is left scaled for scaler.step, and an overflow gives infinite gradients, which it skips.
-    Weights are constants: nothing differentiates through them. One forward and one backward pass per micro-batch; two forward passes
+    Weights are constants: nothing differentiates through them. Inputs and output gradients of all layers are held until the weights are
+    known, about what a plain step holds after its forward pass; gradient checkpointing does not lower that (it does for norms alone).
+    One forward and one backward pass per micro-batch; two forward passes
     where a threshold, clip or annealing needs all norms before the first weight.
     Raises ValueError if the loss is not per sample, no parameter matches, a module has no rule, a norm is not finite, or as `Weighting`.
     Source: article A, section 4.2; weights before gradients: Lee and Kifer (2020), Li et al. (ICLR 2022), Bu et al. (ICML 2023).

@@ -1086,6 +1086,17 @@ class Costly(torch.autograd.Function):
         return e
 
 
+def test_mistakes_that_torch_words_badly_are_said_plainly():
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode.* call this outside it"):
+        gradient_norms(perceptron(), residual, points())
+    with pytest.raises(ValueError, match="the batch is empty"):
+        weighted_backward(perceptron(), residual, points(0), Weighting())
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 1))
+    with pytest.raises(ValueError, match="changed in place.*inplace=False"):
+        gradient_norms(model, residual, points())
+    assert not any(module._forward_hooks for module in model)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypatch):
     monkeypatch.setattr(gradients, "KERNELS", kernels)
