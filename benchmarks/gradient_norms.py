@@ -33,6 +33,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from recsys_importance import gradients
 from recsys_importance.importance import Weighting
 from recsys_importance.models import pick_device
+from recsys_importance.proxies import error_norms, last_layer_norms
 from recsys_importance.reference import gradient_norms_by_loop, weighted_backward_by_loop
 
 MODELS = {
@@ -117,7 +118,7 @@ class Method:
     name: str
     kind: str  # plain, scores or weighted
     prepare: Callable[[Case], contextlib.AbstractContextManager[Step]]
-    parameters: str = "*"  # over which the norms are taken
+    parameters: str | None = "*"  # over which the norms are taken; None for a score that is no norm over parameters
     kernels: str | None = None  # which matrix kernels the engine uses; None for methods that are not the engine
 
 
@@ -153,6 +154,16 @@ def engine_kernels(kernels: str):
         yield
     finally:
         gradients.KERNELS = before
+
+
+@contextlib.contextmanager
+def el2n(case: Case) -> Iterator[Step]:
+    yield lambda: error_norms(case.model, case.loss, case.batch)
+
+
+@contextlib.contextmanager
+def last_layer(case: Case) -> Iterator[Step]:
+    yield lambda: last_layer_norms(case.model, case.loss, case.batch, "classifier")
 
 
 @contextlib.contextmanager
@@ -270,6 +281,8 @@ METHODS = {
         Method("engine weighted (torch kernels)", "weighted", engine_weighted("torch"), kernels="torch"),
         Method("engine layer-norm scores", "scores", engine_scores("*LayerNorm*", "auto"), "*LayerNorm*", "auto"),
         Method("engine head scores", "scores", engine_scores("classifier.*", "auto"), "classifier.*", "auto"),
+        Method("EL2N", "scores", el2n, None),
+        Method("last layer closed form", "scores", last_layer, "classifier.*"),
         Method("opacus ghost", "weighted", opacus_ghost),
         Method("opacus grad sample", "weighted", opacus_grad_sample),
         Method("torch.func", "weighted", torch_func),
@@ -323,7 +336,7 @@ class Bench:
             raise ValueError(f"norms of {int((~torch.isfinite(norms)).sum())} of {len(norms)} samples are not finite in {norms.dtype}")
         return {
             "peak_bytes": peak,
-            "max_rel_error": None if norms is None else self.error_of_norms(norms, method.parameters),
+            "max_rel_error": None if norms is None or method.parameters is None else self.error_of_norms(norms, method.parameters),
             "gradient_rel_error": self.error_of_gradient(norms) if method.kind == "weighted" else None,
         }
 
