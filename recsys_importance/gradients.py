@@ -151,7 +151,7 @@ def _summed(e: torch.Tensor) -> torch.Tensor:
     """Sum over positions, (B, T, p) to (B, p), in float32 or better."""
     return e.sum(1, dtype=_wide(e))
 
-# %% ../nbs/21_gradients.ipynb #545c492a
+# %% ../nbs/21_gradients.ipynb #a95f69ea
 @cache
 def _mkl_is_slow() -> bool:
     """Whether oneDNN multiplies float32 matrices faster than MKL does: on x86 processors that are not Intel's."""
@@ -167,6 +167,14 @@ KERNELS = "auto"
 
 def _onednn(x: torch.Tensor) -> bool:
     return KERNELS == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and _mkl_is_slow()
+
+
+def _rows_that_count(x: torch.Tensor) -> torch.Tensor | slice:
+    """The rows of a matrix (N, p) that are not all zero, if leaving the others out is worth a copy; on a GPU all of them."""
+    if x.device.type != "cpu" or x[:, :8].any(-1).all():
+        return slice(None)
+    found = x.any(-1).nonzero().flatten()
+    return found if 0 < len(found) < 0.9 * len(x) else slice(None)
 
 
 def _rows_times_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -282,13 +290,17 @@ def _square_of_rows(term: Rows) -> torch.Tensor:
     sums = values.new_zeros(len(places), values.shape[-1]).index_add_(0, of.flatten(), values)
     return sums.new_zeros(count).index_add_(0, places // size, sums.square().sum(1))
 
-# %% ../nbs/21_gradients.ipynb #91848d6c
+# %% ../nbs/21_gradients.ipynb #be96e250
 def _weighted_sum(term: Term, weights: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     """sum_i w_i g_i of a term, in the parameter's shape."""
     match term:
         case Outer(left, right):
             left, right = (_scaled(left, weights), right) if left.shape[-1] <= right.shape[-1] else (left, _scaled(right, weights))
-            return _columns_times_columns(left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1]))
+            left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
+            rows = _rows_that_count(left)  # without padding and samples of weight 0
+            left, right = left[rows], right[rows]
+            rows = _rows_that_count(right)
+            return _columns_times_columns(left[rows], right[rows])
         case Rows(index, values):
             total = torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False)
             rows = (values * weights.to(_wide(values))[:, None, None]).to(total.dtype)
@@ -309,7 +321,7 @@ def _columns_times_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = a.to(wide), b.to(wide)
     return _rows_times_rows(a.mT, b.mT)
 
-# %% ../nbs/21_gradients.ipynb #2f7905fc
+# %% ../nbs/21_gradients.ipynb #d44fcb25
 class _Tap(torch.autograd.Function):
     """The identity on a module's outputs; in the backward pass it hands the module's inputs and output gradients to its site."""
 
@@ -347,12 +359,11 @@ class _LinearTap(torch.autograd.Function):
         ctx.site.deliver(None, [x], [e])
         back = None
         if ctx.needs_input_grad[3]:
-            e = _positions(e)
-            positions = _reached(e)
-            reached = e[:, positions]
-            back = _rows_times_rows(reached.reshape(-1, e.shape[-1]), weight.mT).reshape(*reached.shape[:2], -1)
-            if not isinstance(positions, slice):
-                back = back.new_zeros(*e.shape[:2], back.shape[-1]).index_copy_(1, positions, back)
+            e = e.reshape(-1, e.shape[-1])
+            rows = _rows_that_count(e)
+            back = _rows_times_rows(e[rows], weight.mT)
+            if not isinstance(rows, slice):
+                back = back.new_zeros(len(e), back.shape[-1]).index_copy_(0, rows, back)
             back = back.reshape(x.shape)
         return None, None, None, back, None
 
