@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_frame, tiny_pair
 
 from recsys_importance.models import PairCollator, PairDataset
-from recsys_importance.objectives import LOSSES, cross_entropy, squared_error
+from recsys_importance.objectives import LOSSES, Objectives, click, cross_entropy, display, relevance, squared_error
 
 LABELS = [0.0, 1 / 3, 0.5, 2 / 3, 1.0]
 
@@ -116,3 +116,30 @@ def test_losses_of_a_real_batch(architecture):
 
 def test_losses_by_name():
     assert LOSSES["cross_entropy"] is cross_entropy and LOSSES["squared_error"] is squared_error
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------------------------
+
+
+class GivenTasks(Given):
+    """Given logits (B, K), one column a task."""
+
+    tasks = ("relevance", "click", "display")
+
+
+def test_a_matrix_of_three_objectives_from_one_forward_pass():
+    model = GivenTasks([[0.5, -1.0, 2.0], [1.5, 0.0, -3.0]])
+    batch = batch_of([1.0, 0.25]) | {
+        "clicked": torch.tensor([math.nan, 1.0], dtype=torch.float64),
+        "display_weight": torch.tensor([0.5, 3.0], dtype=torch.float64),
+    }
+    objectives = Objectives(relevance(weight=2.0), click(weight=0.5), display(weight=0.1))
+    found = objectives.matrix(model, batch)
+    expected = [[closed_form("cross_entropy", 0.5, 1.0)[0], 0, 0],
+                [closed_form("cross_entropy", 1.5, 0.25)[0], math.log(2), 3 * closed_form("cross_entropy", -3.0, 1.0)[0]]]  # fmt: skip
+    assert found.present.tolist() == [[True, False, False], [True, True, True]]
+    np.testing.assert_allclose(found.losses.detach(), expected, rtol=1e-12)
+    np.testing.assert_allclose(objectives(model, batch).detach(), np.array(expected) @ [2.0, 0.5, 0.1], rtol=1e-12)
+    np.testing.assert_allclose(objectives.only("click")(model, batch).detach(), [0, math.log(2)], rtol=1e-12)
+    assert (objectives.names, objectives.weights) == (("relevance", "click", "display"), (2.0, 0.5, 0.1))
+    assert objectives.columns == ("clicked", "display_weight")
