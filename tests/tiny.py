@@ -45,16 +45,18 @@ def tiny_config(*, dropout: float = 0.1, **changes):
     return BertConfig(**sizes | options | changes)
 
 
-def tiny_pair(architecture: str = "two_tower", *, seed: int = 0, dropout: float = 0.1, device: str = "cpu") -> PairModel:
+def tiny_pair(
+    architecture: str = "two_tower", *, tasks=("relevance",), seed: int = 0, dropout: float = 0.1, device: str = "cpu"
+) -> PairModel:
     """A random pair model in eval mode."""
     from transformers import BertForSequenceClassification, BertModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if architecture == "two_tower":
-            model = TwoTower(BertModel(tiny_config(dropout=dropout), add_pooling_layer=False))
+            model = TwoTower(BertModel(tiny_config(dropout=dropout), add_pooling_layer=False), tasks=tasks)
         else:
-            model = CrossEncoder(BertForSequenceClassification(tiny_config(dropout=dropout, num_labels=1)))
+            model = CrossEncoder(BertForSequenceClassification(tiny_config(dropout=dropout, num_labels=len(tasks))), tasks=tasks)
     return PairModel(model.to(device).eval(), tiny_tokenizer())
 
 
