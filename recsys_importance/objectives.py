@@ -51,7 +51,7 @@ def examined_cross_entropy(logits: torch.Tensor, clicks: torch.Tensor, examinati
     large = -torch.logaddexp(torch.log1p(-examination), torch.log(examination) + functional.logsigmoid(-logits.clamp(min=0)))
     return clicks * clicked + (1 - clicks) * torch.where(logits < 0, small, large)
 
-# %% ../nbs/11_objectives.ipynb #608b3c82
+# %% ../nbs/11_objectives.ipynb #a4735585
 def _differ(labels: torch.Tensor) -> torch.Tensor:
     """Whether a list (B, L) holds two different labels, NaN left out: (B,) bool."""
     there = ~labels.isnan()
@@ -71,12 +71,12 @@ def ranknet(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def listnet(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy between the labels' shares y / sum(y) and the softmax of a list's logits: (B,), in nats; 0 if all labels are alike.
 
-    logits, labels: (B, L), labels 0 or more; a NaN label means that there is no candidate.
+    logits, labels: (B, L), labels 0 or more, or else the loss is NaN; a NaN label means that there is no candidate.
     Source: Cao et al. (ICML 2007) with the labels' shares as targets, which bounds NDCG: Bruch et al. (ICTIR 2019).
     """
     compared = ~labels.isnan() & _differ(labels)[:, None]
-    shares = torch.where(compared, labels, 0)
-    shares = shares / torch.where(compared, labels, 1).sum(1, keepdim=True)
+    gains = torch.where(compared, labels, 0)
+    shares = torch.where(gains < 0, math.nan, gains) / gains.sum(1, keepdim=True).clamp_min(1e-30)
     left_out = ~compared & compared.any(1, keepdim=True)
     chances = functional.log_softmax(logits.masked_fill(left_out, -math.inf), dim=1)
     return -torch.where(compared, shares * chances.masked_fill(left_out, 0), 0).sum(1)
