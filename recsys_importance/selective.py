@@ -37,14 +37,14 @@ def forward_scores(model: torch.nn.Module, loss: Loss, batch: dict) -> torch.Ten
     with evaluating(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
         return error_norms(model, loss, batch).float()
 
-# %% ../nbs/26_selective.ipynb #4ea439e3
+# %% ../nbs/26_selective.ipynb #e161a882
 def samples_of(batch: dict, rows: Sequence[int]) -> dict:
     """The samples at these rows as a batch; what is not per sample stays."""
     rows = [int(row) for row in rows]
 
     def chosen(value):
         if torch.is_tensor(value) and value.ndim:
-            return value[torch.tensor(rows, device=value.device)]
+            return value[torch.tensor(rows, dtype=torch.int64, device=value.device)]
         return type(value)(value[row] for row in rows) if isinstance(value, (list, tuple)) else value
 
     return {name: chosen(value) for name, value in batch.items()}
