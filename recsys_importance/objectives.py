@@ -51,11 +51,11 @@ def examined_cross_entropy(logits: torch.Tensor, clicks: torch.Tensor, examinati
     large = -torch.logaddexp(torch.log1p(-examination), torch.log(examination) + functional.logsigmoid(-logits.clamp(min=0)))
     return clicks * clicked + (1 - clicks) * torch.where(logits < 0, small, large)
 
-# %% ../nbs/11_objectives.ipynb #a4735585
+# %% ../nbs/11_objectives.ipynb #1167cd97
 def _differ(labels: torch.Tensor) -> torch.Tensor:
     """Whether a list (B, L) holds two different labels, NaN left out: (B,) bool."""
     there = ~labels.isnan()
-    return (labels.masked_fill(~there, -math.inf).amax(1) > labels.masked_fill(~there, math.inf).amin(1)) & there.any(1)
+    return labels.masked_fill(~there, -math.inf).amax(1) > labels.masked_fill(~there, math.inf).amin(1)
 
 
 def ranknet(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -333,7 +333,7 @@ def _term(objective: Objective) -> str:
     correction = f", {objective.correction}" if objective.correction else ""
     return f"{float(objective.weight)!r} {objective.name}: {objective.loss}({objective.label}{correction})"
 
-# %% ../nbs/11_objectives.ipynb #7beccbe4
+# %% ../nbs/11_objectives.ipynb #36a3b7bf
 def _inverse(propensity) -> np.ndarray:
     """1 / propensity, NaN where it is missing: (N,) float64."""
     propensity = pd.Series(propensity).astype("Float64").to_numpy("float64", na_value=np.nan)
@@ -364,8 +364,9 @@ def examination_curve(frame: pd.DataFrame) -> pd.Series:
     """How likely a listing is looked at, by position, as a share of the position where it is likeliest: float64, the highest is 1.
 
     frame: columns position, propensity and clicked; rows that lack one are left out. The click rate of a position is the mean of its
-    clicks under inverse-propensity weights, so that every position shows the same mix of items: what is left is the position's doing.
-    A position without clicks gets 0. Raises ValueError if a column is missing, a propensity is outside (0, 1] or nothing was clicked.
+    clicks under inverse-propensity weights, so that every position shows the same mix of items: what is left is the position's doing,
+    if every item can come to stand at every position. A position without clicks gets 0.
+    Raises ValueError if a column is missing, a propensity is outside (0, 1] or nothing was clicked.
     Source: result randomisation, Joachims, Swaminathan and Schnabel (WSDM 2017), here weighted.
     """
     missing = [name for name in ("position", "propensity", "clicked") if name not in frame]
@@ -433,7 +434,7 @@ def _range(objective: Objective, column: str) -> tuple[float, float, str]:
         return 0.0, huge, "finite and 0 or more"
     return (-huge, huge, "finite") if objective.loss == "pairwise" else (0.0, 1.0, "in [0, 1]")
 
-# %% ../nbs/11_objectives.ipynb #0e16ccf2
+# %% ../nbs/11_objectives.ipynb #6f287b6f
 class ListDataset(Dataset):
     """Lists of candidates of one query as samples: {"sample_id", "candidates", "text_a", "text_b", "label", ...extra columns by name}.
 
@@ -447,7 +448,7 @@ class ListDataset(Dataset):
         if size < 2:
             raise ValueError(f"size is {size}, expected 2 or more candidates to compare")
         require_complete(frame, ("query_id",))
-        self.columns = PairDataset(frame, **columns).columns
+        self.columns, self.carried = PairDataset(frame, **columns).columns, {}
         generator = np.random.default_rng(seed)
         query, names = pd.factorize(frame["query_id"])
         order = np.argsort(query, kind="stable")
@@ -464,7 +465,17 @@ class ListDataset(Dataset):
         name, rows = self.lists[number]
         values = {column: values[rows] for column, values in self.columns.items()}
         texts = {column: values.pop(column).tolist() for column in ("text_a", "text_b")}
-        return {"sample_id": name, "candidates": values.pop("sample_id").tolist(), **texts, **values}
+        carried = {column: values[number] for column, values in self.carried.items()}
+        return {"sample_id": name, "candidates": values.pop("sample_id").tolist(), **texts, **values, **carried}
+
+    def carry(self, **columns) -> None:
+        """Give every list a number of its own, such as its weight; columns: name -> (lists,) values, (B,) in a batch."""
+        for name, values in columns.items():
+            if name in self.columns:
+                raise ValueError(f"column {name!r} is the candidates' already; choose another name")
+            if len(values) != len(self):
+                raise ValueError(f"column {name!r} has {len(values)} values for {len(self)} lists")
+            self.carried[name] = np.asarray(values)
 
     def lengths(self) -> list[int]:
         """Characters of the longest pair times the pairs: about what a list costs."""
@@ -475,7 +486,7 @@ class ListDataset(Dataset):
 @dataclass(frozen=True)
 class ListCollator:
     """Lists to a batch: the tokeniser's outputs (B, L, T) int64, labels and extra columns (B, L) float32 with NaN where a list has no
-    more candidates, sample_id list of B, candidates list of B lists.
+    more candidates, what lists carry (B,) float32, sample_id list of B, candidates list of B lists.
 
     pair, max_length: as for `PairCollator`. L is the longest list's size; a missing candidate has the tokens of the list's first one, so
     that no input is empty.
@@ -494,10 +505,12 @@ class ListCollator:
         absent = torch.tensor([[slot >= len(one["label"]) for slot in range(slots)] for one in lists])
         batch = {name: x.unflatten(0, absent.shape) for name, x in batch.items() if torch.is_tensor(x)}
         batch = {name: x.masked_fill(absent, math.nan) if x.is_floating_point() else x for name, x in batch.items()}
+        carried = [name for name, value in lists[0].items() if np.ndim(value) == 0 and name != "sample_id"]
+        batch |= {name: torch.tensor([one[name] for one in lists], dtype=torch.float32) for name in carried}
         return batch | {name: [one[name] for one in lists] for name in ("sample_id", "candidates")}
 
     @staticmethod
     def _candidate(one: dict, slot: int) -> dict:
         place = slot if slot < len(one["label"]) else 0
-        names = one.keys() - {"sample_id", "candidates"}
-        return {"sample_id": one["candidates"][place]} | {name: one[name][place] for name in names}
+        columns = {name: values[place] for name, values in one.items() if np.ndim(values) == 1}
+        return columns | {"sample_id": columns.pop("candidates")}

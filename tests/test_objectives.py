@@ -246,6 +246,15 @@ def test_ranking_losses_of_extreme_logits_stay_finite(loss):
     assert losses.tolist() == [2e4, 0.0] and slopes.tolist() == [[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
 
 
+@pytest.mark.parametrize("loss", [ranknet, listnet])
+def test_nothing_is_nan_on_the_way_through_a_list_without_an_order(loss):
+    z = torch.tensor([[0.5, -1.0], [0.5, -1.0], [0.5, -1.0]], requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True):
+        losses = loss(z, torch.tensor([[1.0, math.nan], [math.nan, math.nan], [0.5, 0.5]]))
+        (slopes,) = torch.autograd.grad(losses.sum(), z)
+    assert not losses.any() and not slopes.any()
+
+
 def test_a_negative_label_is_no_share():
     assert listnet(torch.zeros(1, 2), torch.tensor([[-1.0, 2.0]])).isnan().all()
 
@@ -468,7 +477,9 @@ def test_the_cost_of_a_list_grows_with_its_longest_pair():
 def test_slots_hold_the_candidates(architecture):
     pair, frame = tiny_pair(architecture), tiny_frame(11, queries=3)
     frame["label"] = np.linspace(0, 1, 11)
-    batch = list_batch(pair, frame, clicked=1 - frame["label"])
+    lists = ListDataset(frame, 4, seed=0, clicked=1 - frame["label"])
+    batch = ListCollator(pair)([lists[i] for i in reversed(range(len(lists)))])
+    assert batch["labels"][0].isnan().any(), "a case whose first list is the longest"
     place = frame.set_index("sample_id").index
     with torch.no_grad():
         alone = pair_logits(pair.model, PairCollator(pair)([PairDataset(frame)[i] for i in range(11)]))
@@ -481,6 +492,27 @@ def test_slots_hold_the_candidates(architecture):
         torch.testing.assert_close(batch["clicked"][row, : len(rows)], 1 - batch["labels"][row, : len(rows)])
         assert batch["labels"][row, len(rows) :].isnan().all() and batch["clicked"][row, len(rows) :].isnan().all()
     assert batch["labels"].isnan().any(), "a case without a gap"
+
+
+def test_lists_carry_numbers_of_their_own():
+    pair, frame = tiny_pair(), tiny_frame(10, queries=2)
+    lists = ListDataset(frame, 3, seed=0, clicked=frame["label"])
+    lists.carry(weight=np.arange(4.0))
+    batch = ListCollator(pair)([lists[i] for i in (3, 1)])
+    assert batch["weight"].tolist() == [3.0, 1.0] and batch["weight"].dtype == torch.float32
+    assert batch["clicked"].shape == (2, 2) and batch["sample_id"] == [lists[3]["sample_id"], lists[1]["sample_id"]]
+    for name, values, words in (("weight", [1.0], "1 values for 4 lists"), ("clicked", np.ones(4), "is the candidates' already")):
+        with pytest.raises(ValueError, match=words):
+            lists.carry(**{name: values})
+
+
+def test_lists_are_scored_as_samples():
+    pair, objectives = tiny_pair(), Objectives(relevance("listwise"))
+    lists, collate = ListDataset(tiny_frame(14, queries=3), 4, seed=0), ListCollator(pair)
+    scores = score_dataset(pair.model, objectives, lists, collate, batch_size=2, progress=False)
+    norms = gradient_norms_by_loop(pair.model, objectives, collate([lists[i] for i in range(len(lists))]))
+    assert scores["sample_id"].tolist() == [lists[i]["sample_id"] for i in range(len(lists))]
+    np.testing.assert_allclose(scores["score"], norms, rtol=1e-4, atol=1e-7)
 
 
 def test_objectives_of_lists_are_the_means_and_ranking_losses_of_their_candidates():
