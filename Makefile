@@ -88,6 +88,8 @@ bench: $(SETUP) ## measure the engine and its peers on this processor (minutes; 
 	@$(BIN)/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 64 --out benchmarks/results/cpu-minilm-b16-t64.jsonl $(ARGS)
 	@$(BIN)/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 128 --out benchmarks/results/cpu-minilm-b16-t128.jsonl $(ARGS)
 	@$(BIN)/python benchmarks/score_dataset.py --out benchmarks/results/cpu-score-dataset.jsonl $(ARGS)
+	@$(BIN)/python benchmarks/selective_step.py --out benchmarks/results/cpu-selective-step.jsonl $(ARGS)
+	@$(BIN)/python benchmarks/importance_head.py --out benchmarks/results/cpu-importance-head.jsonl $(ARGS)
 
 lab: $(SETUP) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs
