@@ -237,7 +237,7 @@ def _one_by_one(objective: Objective, logits: torch.Tensor, labels: torch.Tensor
         losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
     return losses * correction if objective.correction == "propensity" else losses
 
-# %% ../nbs/11_objectives.ipynb #d489f73f
+# %% ../nbs/11_objectives.ipynb #397a3e69
 class LossMatrix(NamedTuple):
     """Losses of every sample and objective, (B, K) float32 or better, 0 where missing; and where they are present, (B, K) bool."""
 
@@ -326,7 +326,7 @@ class Objectives:
     def __call__(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """sum_k weight_k l_ik: (B,) float32 or better; an objective whose label is missing adds nothing."""
         losses = self.matrix(model, batch).losses
-        return losses @ losses.new_tensor(self.weights)
+        return (losses * losses.new_tensor(self.weights)).sum(1)  # no matrix product: autocast would round it to bf16
 
 
 def _term(objective: Objective) -> str:

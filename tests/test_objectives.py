@@ -342,6 +342,25 @@ def test_half_precision_logits_give_float32_losses():
     assert found.losses.dtype == torch.float32 and found.present.dtype == torch.bool
 
 
+@pytest.mark.parametrize(
+    "objectives", [Objectives(relevance(weight=0.7), click(weight=0.3), display()), Objectives(display("examination"))]
+)
+def test_autocast_does_not_round_the_losses(objectives):
+    model, batch = Given([3.1, -7.3], dtype=torch.float32), clicks_of(2, torch.float32)
+    expected = objectives(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = objectives(model, batch)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+def test_autocast_does_not_round_ranking_losses():
+    z, y = torch.tensor([[0.123, -1.7, 2.9]]), torch.tensor([[1.0, 0.0, 0.3]])
+    for loss in (ranknet, listnet):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss(z, y)
+        assert torch.equal(found, loss(z, y))
+
+
 def test_objectives_pickle_and_print():
     objectives = Objectives(relevance("listwise", weight=2), display("examination", weight=0.25), importance=0.1)
     again = pickle.loads(pickle.dumps(objectives))
