@@ -245,7 +245,7 @@ def _is_complete(checkpoint: Path, ranks: int) -> bool:
         zipfile.is_zipfile(path) for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *states)
     )
 
-# %% ../nbs/29_trainer.ipynb #6857cd66
+# %% ../nbs/29_trainer.ipynb #60e8451f
 def _check_choices(loss, recompute: str, weights, balance: str, head, exact_every: int) -> None:
     """Raise ValueError for settings of the trainer that do not go together."""
     if recompute not in RECOMPUTE:
@@ -281,7 +281,7 @@ class ImportanceTrainer(_Run):
     validate: model -> {metric: value}, what an evaluation reports. lengths: per training sample, to put samples of like length into one
     batch. final_rate: with lr_scheduler_type "constant_with_warmup", the learning rate falls exponentially to this fraction of its peak.
     parameters, by_sample: see `gradients.weighted_backward`. `seen`: the last step. Other arguments: see Trainer.
-    Raises ValueError for what cannot keep samples apart: DataParallel, DeepSpeed, FSDP and torch.compile.
+    Raises ValueError for what cannot keep samples apart (DataParallel, DeepSpeed, FSDP, torch.compile) and for fp16 without a GPU.
     Source: article A, sections 3.1, 3.2 (steps 2 and 3) and 4.2.
     """
 
@@ -311,6 +311,10 @@ class ImportanceTrainer(_Run):
         ):
             if refused:
                 raise ValueError(f"{name} does not keep samples apart; start one process per GPU with torchrun (DistributedDataParallel)")
+        if self.args.fp16 and not self.accelerator.native_amp:
+            raise ValueError("fp16 needs a GPU; a processor would train in float32 without saying so: use bf16 or float32")
+        if self.compute_metrics is not None:
+            raise ValueError("compute_metrics needs predictions, which a loss does not give; use validate, a function of the model")
         _check_choices(loss, recompute, weights, balance, head, exact_every)
         self.loss, self.weighting, self.recompute, self.balance = loss, weighting or Weighting(), recompute, balance
         self.head, self.exact_every, self.validate, self.lengths = head, exact_every, validate, lengths
@@ -467,9 +471,10 @@ class ImportanceTrainer(_Run):
                 f"the loss is {value} at step {self.state.global_step} (samples {bad}); lower the learning rate or check these samples"
             )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = self.loss(model, {name: value for name, value in inputs.items() if name != "weight"})  # an evaluation's is unweighted
-        return (losses.mean(), {"losses": losses}) if return_outputs else losses.mean()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Mean loss of an evaluation's batch, unweighted; other metrics come from `validate`."""
+        with torch.no_grad():
+            return self._recorder.unrecorded(model, self._prepare_inputs(inputs)).mean(), None, None
 
 # %% ../nbs/29_trainer.ipynb #df9b217d
 class _EachEpoch(TrainerCallback):

@@ -215,8 +215,8 @@ def test_a_score_that_is_not_finite_names_the_sample():
 def test_a_loss_that_is_not_finite_names_the_sample_if_it_is_trained():
     batch = scored(3.0, 1.0, 2.0) | {"sample_id": list("abc")}
     batch["y"][1] = float("nan")
-    model = perceptron()
-    assert selective_backward(model, residual, batch, Weighting(threshold=0.4, threshold_on="quantile"), score=numbers).kept.tolist() == [0, 2]
+    model, without_the_least = perceptron(), Weighting(threshold=0.4, threshold_on="quantile")
+    assert selective_backward(model, residual, batch, without_the_least, score=numbers).kept.tolist() == [0, 2]
     before = gradient_in(model).clone()
     with pytest.raises(ValueError, match="1 of 3 norms are NaN or infinite, the first for sample 'b'"):
         selective_backward(model, residual, batch, Weighting(), score=numbers)
@@ -224,10 +224,13 @@ def test_a_loss_that_is_not_finite_names_the_sample_if_it_is_trained():
 
 
 def test_a_mean_is_no_loss_per_sample():
+    def mean(model, batch):
+        return residual(model, batch).mean()
+
     with pytest.raises(ValueError, match=r"the loss of 2 samples has shape \(\), expected \(2,\), one value per sample"):
-        selective_backward(perceptron(), lambda model, batch: residual(model, batch).mean(), scored(3.0, 1.0, 2.0, 0.5), HALF, score=numbers)
-    with pytest.raises(ValueError, match=r"has shape \(\)"):
-        selective_backward(perceptron(), lambda model, batch: residual(model, batch).mean(), points(4), HALF)
+        selective_backward(perceptron(), mean, scored(3.0, 1.0, 2.0, 0.5), HALF, score=numbers)
+    with pytest.raises(ValueError, match=r"the loss of a batch of 4 has shape \(\), expected \(4,\)"):
+        selective_backward(perceptron(), mean, points(4), HALF)
 
 
 def test_scores_that_give_no_weights_are_refused():
