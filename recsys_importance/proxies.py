@@ -15,7 +15,7 @@ from .reference import Loss, batch_size_of, check_norms
 # %% auto #0
 __all__ = ['error_norms', 'last_layer_norms']
 
-# %% ../nbs/23_proxies.ipynb #a901704a
+# %% ../nbs/23_proxies.ipynb #1e8f45d7
 class _Cut(NamedTuple):
     """What a loss saw of one module: the module's inputs, its output and the gradient of the summed loss with respect to it, by tensor."""
 
