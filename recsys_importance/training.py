@@ -108,7 +108,7 @@ class TrainingSettings:
     def greater_is_better(self) -> bool:
         return self.metric.rpartition("/")[2] not in _BETTER_LOW and not self.metric.startswith("loss")
 
-# %% ../nbs/30_training.ipynb #0962108a
+# %% ../nbs/30_training.ipynb #beb305db
 class _Progress(TrainerCallback):
     """One text progress bar over the training steps, with the newest validation metric."""
 
@@ -128,6 +128,13 @@ class _Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class _LogWithEvaluation(TrainerCallback):
+    """Every evaluation finds a log of the steps before it, also the one after the last step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = control.should_log or control.should_evaluate
 
 # %% ../nbs/30_training.ipynb #0923e091
 def sample_weights(frame: pd.DataFrame, scores: pd.Series | None, weighting: Weighting) -> np.ndarray:
@@ -271,7 +278,7 @@ def _validation(pair: PairModel, validation: pd.DataFrame, objectives: Objective
 
     return validate
 
-# %% ../nbs/30_training.ipynb #d65ba412
+# %% ../nbs/30_training.ipynb #64d1ba92
 class FineTuned(NamedTuple):
     """`history`: one row per evaluation with step, epoch, loss (mean weighted training loss since the last row), the log of the trainer
     (train/...) and the metrics on validation. `best`: the metric of the weights that were kept. `stopped_early`: whether patience
@@ -358,7 +365,7 @@ def fine_tune(
             validate=validate,
             lengths=dataset.lengths(),
             final_rate=settings.final_rate if settings.schedule == "exponential" else None,
-            callbacks=[EarlyStoppingCallback(settings.patience), _Progress(description, settings.metric)],
+            callbacks=[EarlyStoppingCallback(settings.patience), _LogWithEvaluation(), _Progress(description, settings.metric)],
         )
         trainer.remove_callback(PrinterCallback)
         track(trainer, settings.tracking)
