@@ -460,7 +460,7 @@ def add_lora(
     Source: Hu et al. (ICLR 2022), sections 4.1 and 4.2.
     """
     if importlib.util.find_spec("peft") is None:
-        raise ModuleNotFoundError("low-rank adapters come from the package peft: pip install peft")
+        raise ModuleNotFoundError("low-rank adapters come from peft: pip install 'recsys_importance[lora]'")
     from peft import LoraConfig, inject_adapter_in_model
 
     if rank < 1 or not 0 <= dropout < 1 or not 0 < alpha < float("inf"):

@@ -665,11 +665,11 @@ def test_adapters_twice_are_refused():
         add_lora(add_lora(tiny_pair(), 2), 2)
 
 
-def test_without_peft_the_error_names_the_pip_command(monkeypatch, tmp_path):
+def test_without_peft_the_error_names_the_extra(monkeypatch, tmp_path):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "peft" else found(name, *args))
     pair = tiny_pair()
-    with pytest.raises(ModuleNotFoundError, match="pip install peft"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'recsys_importance\[lora\]'"):
         add_lora(pair)
     save_pair_model(pair, tmp_path / "model")  # which needs no peft
 
