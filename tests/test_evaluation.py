@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from recsys_importance.evaluation import Interval, evaluate, paired_interval
+from recsys_importance.evaluation import Interval, evaluate, hypervolume, on_pareto_front, paired_interval
 
 GRADES = [0.0, 1 / 3, 0.5, 2 / 3, 1.0]
 
@@ -290,3 +291,53 @@ def test_a_level_outside_0_and_1_is_refused(level):
     rng = np.random.default_rng(2)
     with pytest.raises(ValueError, match="level"):
         paired_interval(pd.Series(rng.random(5)), pd.Series(rng.random(5)), level=level)
+
+
+def beats(a, b):
+    """Point a is at least as good as b everywhere and better somewhere."""
+    return all(x >= y for x, y in zip(a, b, strict=True)) and a != b
+
+
+points = st.integers(1, 4).flatmap(lambda k: st.lists(st.tuples(*[st.integers(-2, 4)] * k), min_size=1, max_size=7))
+
+
+@given(points)
+def test_the_front_is_what_no_point_dominates(rows):
+    expected = [not any(beats(other, row) for other in rows) for row in rows]
+    assert on_pareto_front(rows).tolist() == expected
+
+
+@given(points)
+def test_hypervolume_counts_the_unit_cubes_under_whole_numbered_points(rows):
+    cubes = itertools.product(range(-2, 4), repeat=len(rows[0]))  # the cube from c to c + 1 in every objective
+    assert hypervolume(rows, -2) == sum(any(all(c + 1 <= x for c, x in zip(cube, row, strict=True)) for row in rows) for cube in cubes)
+
+
+def test_hypervolume_by_hand_and_what_does_not_exceed_the_reference_adds_nothing():
+    assert math.isclose(hypervolume([[0.9, 0.3], [0.5, 0.8]], 0), 0.9 * 0.3 + 0.5 * 0.8 - 0.5 * 0.3)
+    assert math.isclose(hypervolume([[0.9, 0.3], [0.5, 0.8]], [0.4, 0.7]), 0.1 * 0.1)
+    assert hypervolume([[5.0, -1.0], [-1.0, 5.0], [0.0, 3.0]], 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "reference", "message"),
+    [
+        ([0.1, 0.2], 0, r"\(N, K\) for K objectives, got shape \(2,\)"),
+        (np.empty((0, 2)), 0, r"got shape \(0, 2\)"),
+        ([[0.1, float("nan")]], 0, "finite points"),
+        ([[0.1, 0.2]], [0, 0, 0], "one for each of 2 objectives"),
+        ([[0.1, 0.2]], float("-inf"), "finite reference"),
+    ],
+)
+def test_points_and_references_that_mean_nothing_are_refused(rows, reference, message):
+    with pytest.raises(ValueError, match=message):
+        hypervolume(rows, reference)
+    if "reference" not in message and "each of" not in message:
+        with pytest.raises(ValueError, match=message):
+            on_pareto_front(rows)
+
+
+def test_without_moocore_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "moocore", None)
+    with pytest.raises(ModuleNotFoundError, match=r"recsys_importance\[study\]"):
+        hypervolume([[1.0, 1.0]], 0)
