@@ -126,7 +126,7 @@ def _pcgrad(cosine: torch.Tensor, norms: torch.Tensor, count: int) -> torch.Tens
 
     return PCGradWeighting()(cosine * norms[:, None] * norms)
 
-# %% ../nbs/24_balance.ipynb #85b223e9
+# %% ../nbs/24_balance.ipynb #9b7b6e74
 class BalancedBackward(NamedTuple):
     """What a balanced backward saw, cut from the graph: losses and present, (N, K), of this rank's samples; the step's coefficients
     (K,) and inner products of the objectives' gradients (K, K), float64 on the CPU and the same on every rank.
@@ -159,8 +159,9 @@ def balanced_backward(
     to all trainable ones. scaler: of fp16 training; the gradient is left scaled for scaler.step, and an overflow, which it skips, leaves
     gradients that are not finite and coefficients of 1.
     One forward pass; K backward passes and K gradients held, one of each for "fixed" and "sum". Autocast may be on around it.
-    Raises ValueError as `coefficients`, and if the batch or the weights do not fit, a loss or gradient is not finite, or no loss
-    depends on a chosen parameter; .grad is then as it was. ModuleNotFoundError if TorchJD is needed and not installed.
+    Raises ValueError as `coefficients`, and if the batch or the weights do not fit, a loss or gradient is not finite, no loss depends on
+    a chosen parameter, or a compiled model would go backward more than once; .grad is then as it was. Raises ModuleNotFoundError if
+    TorchJD is needed and not installed.
     Source: article A, sections 3.1 and 3.2 (step 3); for the balances see `coefficients`.
     """
     _check_balance(balance)
@@ -190,7 +191,8 @@ def balanced_backward(
             "a gradient is NaN or infinite though all losses are finite; lower the learning rate, or use bf16 in place of fp16"
         )
     for parameter, of_rows in seen.gradients.items():
-        total = torch.tensordot(rows.to(of_rows), of_rows, 1)
+        with torch.autocast(of_rows.device.type, enabled=False):  # it would round the sum
+            total = torch.tensordot(rows.to(of_rows), of_rows, 1)
         if parameter.grad is None:
             parameter.grad = total.to(parameter.dtype)
         else:
@@ -235,6 +237,10 @@ def _gradients(model, objectives, batches, sample_weights, rows, scale, compared
 def _own_gradients(model, objectives, batches, sample_weights, rows, scale) -> tuple[torch.Tensor, torch.Tensor, dict]:
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() records nothing to go backward through; call this outside it")
+    if hasattr(model, "_orig_mod") and len(rows) > 1:
+        raise ValueError(
+            "a compiled model goes backward once only, not once for each objective; pass model._orig_mod, which shares its parameters"
+        )
     sizes = [batch_size_of(batch) for batch in batches]
     if not sizes or not all(sizes):
         raise ValueError(f"expected a batch or a list of micro-batches with samples in each, got sizes {sizes}")
@@ -298,7 +304,7 @@ def _inner_products(gradients: dict, compared: set) -> tuple[torch.Tensor, bool]
     gramian, finite = 0.0, True
     for parameter, rows in gradients.items():
         wide = torch.float32 if rows.device.type == "mps" else torch.float64  # mps has no float64
-        for part in rows.flatten(1).split(2**18, dim=1):
+        for part in rows.reshape(len(rows), -1).split(2**18, dim=1):
             part = part.to(wide)
             product = part @ part.mT
             finite = torch.isfinite(product).all() & finite
@@ -316,7 +322,9 @@ def _mean_over_ranks(gradients: dict, trainable: list, count: int, share: float,
         if wanted:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             own = gradients.get(parameter)
-            result[parameter] = torch.zeros((count, *parameter.shape), dtype=wide, device=parameter.device) if own is None else own * share
+            result[parameter] = (
+                torch.zeros((count, *parameter.shape), dtype=wide, device=parameter.device) if own is None else own.mul_(share)
+            )
             pending.append(distributed.all_reduce(result[parameter], group=group, async_op=True))
     for work in pending:
         work.wait()

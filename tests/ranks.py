@@ -108,7 +108,7 @@ def outcomes(rank: int) -> dict:
     return found
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, folder: Path, outcomes=outcomes) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     patience = datetime.timedelta(seconds=60)
