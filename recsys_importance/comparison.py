@@ -25,7 +25,7 @@ from .objectives import Objective, Objectives, columns_of
 # %% auto #0
 __all__ = ['Comparison', 'compare_predictions', 'compare', 'model_card']
 
-# %% ../nbs/31_comparison.ipynb #9cce6ecd
+# %% ../nbs/31_comparison.ipynb #4c88d7e1
 @dataclass(frozen=True)
 class Comparison:
     """Several models on one test set, each held against the reference.
@@ -45,11 +45,14 @@ class Comparison:
     simulated: bool
 
     def summary(self) -> pd.DataFrame:
-        """The table to read: a row per objective and metric, a column per model with value, difference and interval as text."""
+        """The table to read: a row per objective and metric, a column per model with value, difference and interval as text; simulated
+        data is called so above the models' names."""
         text = self.table.assign(text=[_in_words(row) for row in self.table.itertuples()])
         wide = text.set_index(["objective", "metric", "model"])["text"].unstack()
         order = text[["objective", "metric"]].drop_duplicates()
-        return wide.loc[pd.MultiIndex.from_frame(order), list(dict.fromkeys(self.table["model"]))].rename_axis(columns=None)
+        return wide.loc[pd.MultiIndex.from_frame(order), list(dict.fromkeys(self.table["model"]))].rename_axis(
+            columns="SIMULATED" if self.simulated else None
+        )
 
 
 def _in_words(row) -> str:

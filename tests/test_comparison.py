@@ -321,7 +321,11 @@ def test_one_unit_has_a_value_and_no_interval(objective):
 
 def test_simulated_data_is_called_so():
     frame = log().assign(simulated=True)
-    assert compare_predictions(guesses(frame), frame, Objectives(relevance()), reference="before", resamples=50).simulated
+    found = compare_predictions(guesses(frame), frame, Objectives(relevance()), reference="before", resamples=50)
+    assert found.simulated and "SIMULATED" in found.summary().to_string() and "SIMULATED" in found.summary().to_html()
+    frame["simulated"] = False
+    found = compare_predictions(guesses(frame), frame, Objectives(relevance()), reference="before", resamples=50)
+    assert not found.simulated and "SIMULATED" not in found.summary().to_string()
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------------------
