@@ -175,7 +175,7 @@ def _replayed(model: torch.nn.Module, hidden: str, loss: Loss, batch: dict, call
     features = torch.cat([(sum(through) / total).log()[:, None] / 2, features, (probability / total)[:, None]], dim=1)
     return total.sqrt(), features.cpu().double()
 
-# %% ../nbs/25_head.ipynb #673f8e59
+# %% ../nbs/25_head.ipynb #ab8d6798
 FEATURES = ("log sensitivity", "log tokens", "log first state", "log mean state", "log mean square", "probability")
 _FINEST = 0.01  # a feature that varies less than this, 1% for a logarithm, is not stretched to unit spread
 
@@ -381,15 +381,18 @@ class ImportanceHead(torch.nn.Module):
         One forward pass with dropout off. labels: batch column -> the task, or number of the logit, whose sigmoid is the probability that
         this label is 1; labels that the batch has are not read. By default "labels" for a model with one logit, and for `Objectives` the
         columns that they read, each with the first objective that reads it. Labels are independent given the logits.
-        Raises ValueError as `scores` does, and if the loss calls the model several times (lists) or a column has no logit.
+        Raises ValueError as `scores` does, for labels of lists, and if a column has no logit.
         """
         count = batch_size_of(batch)
         names = _labels_of(loss) if labels is None else dict(labels)
+        for name in names:
+            if torch.is_tensor(batch.get(name)) and batch[name].ndim != 1:
+                raise ValueError(f"label column {name!r} has shape {tuple(batch[name].shape)}, expected one label per sample, no list")
         like = next(_inside(model).parameters())
         blank = torch.zeros(count, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
         calls, model = self._pass(model, loss, batch | dict.fromkeys(names, blank))
         if len(calls) != 1 or len(calls[0].outputs) != 1 or calls[0].outputs[0].ndim > 2:
-            raise ValueError("expected labels need a loss that calls the model once, and (B,) or (B, K) logits")
+            raise ValueError("an expected norm needs a loss that calls the model once, and a model with (B,) or (B, K) logits")
         logits = calls[0].outputs[0].to(blank.dtype).reshape(count, -1)  # (B, K)
         chances = {name: torch.sigmoid(logits[:, _place(model, task, logits.shape[1], name)]) for name, task in names.items()}
         total = torch.zeros_like(blank)
