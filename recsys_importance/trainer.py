@@ -78,7 +78,7 @@ class EpochSampler(Sampler):
             return iter(torch.randperm(self.size, generator=generator).tolist())
         return iter(get_length_grouped_indices(list(self.lengths), self.batch, generator=generator))
 
-# %% ../nbs/29_trainer.ipynb #c9e9e2de
+# %% ../nbs/29_trainer.ipynb #a8e536f5
 class _Weighted(Dataset):
     """A data set whose samples carry their final weight, which may change between epochs."""
 
@@ -116,7 +116,7 @@ class _Recorder:
         if not self.names:
             return self.unrecorded(model, batch)
         losses = self.matrix(model, batch).losses
-        return losses @ torch.as_tensor(self.loss.weights, dtype=losses.dtype, device=losses.device)
+        return (losses * losses.new_tensor(self.loss.weights)).sum(1)
 
     def unrecorded(self, model, batch) -> torch.Tensor:
         with self.context():
