@@ -173,7 +173,7 @@ def _check_frames(train: pd.DataFrame, validation: pd.DataFrame, metric: str) ->
     if metric.startswith("ndcg") and not (validation["label"] > 0).any():
         raise ValueError("validation has no relevant candidate (every label is 0), so NDCG@10 cannot choose the best weights")
 
-# %% ../nbs/30_training.ipynb #0af621a8
+# %% ../nbs/30_training.ipynb #1c8794f9
 def _check_folder(folder: Path) -> None:
     """Raise OSError unless files can be written to the folder."""
     try:
@@ -229,11 +229,10 @@ def _claim(folder: Path, identity: dict) -> None:
 def _ready(folder: Path, identity: dict | None, size: int, ranks: int) -> Path | None:
     """Check the folder, claim it for the run of this identity, and return the checkpoint to go on from, or None to start anew."""
     _check_folder(folder)
+    _check_space(folder, size)
     if identity is not None:
         _claim(folder, identity)
-    checkpoint = last_checkpoint(folder, ranks=ranks)
-    _check_space(folder, size)
-    return checkpoint
+    return last_checkpoint(folder, ranks=ranks)
 
 # %% ../nbs/30_training.ipynb #fc89aeb3
 def _mean_losses(pair: PairModel, objectives: Objectives, dataset: PairDataset, settings: TrainingSettings) -> dict[str, float]:
@@ -376,7 +375,7 @@ def fine_tune(
     stopped_early = trainer.state.global_step < trainer.state.max_steps
     return FineTuned(_history(trainer.state.log_history), float(trainer.state.best_metric), stopped_early, head)
 
-# %% ../nbs/30_training.ipynb #f1ae1f58
+# %% ../nbs/30_training.ipynb #051efc1b
 def _sgd(settings: TrainingSettings) -> tuple:
     return torch.optim.SGD, {"lr": settings.learning_rate, "momentum": settings.momentum}
 
@@ -445,4 +444,5 @@ def _history(log: list[dict]) -> pd.DataFrame:
     evaluated = [key.removeprefix("eval_") for entry in log for key in entry if key.startswith("eval_") and key != "eval_loss"]
     history = history.dropna(subset=list(dict.fromkeys(evaluated)), how="all").reset_index(drop=True)
     first = ["step", "epoch", "loss", *(name for name in ("ndcg@10", "log_loss") if name in history)]
-    return history.reindex(columns=[*first, *(name for name in history if name not in first)])
+    rest = sorted(set(history) - set(first), key=lambda name: (name.startswith("train/"), name))
+    return history.reindex(columns=[*first, *rest])
