@@ -83,8 +83,8 @@ def study(
         raise typer.Exit(1) from None
     table = pd.DataFrame(results["summary"])
     typer.echo(f"\n{table.to_string(index=False, float_format='{:.4f}'.format, na_rep='')}\n")
-    source = results["data"]
-    typer.echo(f"data: {source['name']} ({'SIMULATED' if source['simulated'] else 'real'}), {source['rows']:,} rows")
+    for source in results["data"].get("sources", [results["data"]]):
+        typer.echo(f"data: {source['name']} ({'SIMULATED' if source['simulated'] else 'real'}), {source['rows']:,} rows")
     typer.echo(f"report: {target / notebook.stem}.html\nresults: {target / 'results.json'}\nnotebook: {target / notebook.name}")
 
 # %% ../nbs/42_cli.ipynb #40aa4eba

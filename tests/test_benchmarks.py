@@ -180,6 +180,75 @@ def test_score_dataset(bench, tmp_path, capfd, monkeypatch):
     assert list(row["peak_resident_growth_mib"]) == ["40", "160"] and min(row["peak_resident_growth_mib"].values()) >= 0
 
 
+def test_a_selective_step(bench, tmp_path, capsys):
+    """Half of each batch is trained, or all of it where it should be; every round times every method once."""
+    out = tmp_path / "selective.jsonl"
+    options = ["--model", "tiny", "--batch", "6", "--tokens", "8", "--repeats", "3", "--device", "cpu", "--out", str(out)]
+    importlib.import_module("selective_step").main(options)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    trained = {row["method"]: row["samples_trained"] for row in rows}
+    assert trained == {"plain": 6, "plain on half a batch": 3, "selective": 3, "selective, float32 scores": 3}
+    plain = rows[0]["seconds_median"]
+    for row in rows:
+        assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0 and row["seconds_median"] == sorted(row["seconds"])[1]
+        assert row["ratio"] == pytest.approx(row["seconds_median"] / plain, rel=2e-3)
+        assert (row["model"], row["batch"], row["tokens"], row["repeats"], row["case"]) == ("tiny", 6, 8, 3, "tiny, B 6, T 8")
+        assert row["device"] and row["scores_in"] in ("float32", "bfloat16") and row["threads"] == 1 and row["torch"] == torch.__version__
+
+
+def test_the_importance_head(bench, tmp_path, capsys):
+    out = tmp_path / "head.jsonl"
+    options = ["--model", "tiny", "--batch", "4", "--tokens", "8", "--repeats", "2", "--out", str(out)]
+    importlib.import_module("importance_head").main(options)
+    rows = {row["method"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert [json.loads(line) for line in out.read_text().splitlines()] == list(rows.values())
+    assert [row for row in rows.values() if list(row) != [*FIELDS, "ratio_to_bare"]] == []
+    bare = {"plain with head": "plain", "engine weighted with head": "engine weighted", "head scores": "EL2N"}
+    assert list(rows) == [
+        "plain",
+        "plain with head",
+        "engine weighted",
+        "engine weighted with head",
+        "engine scores",
+        "EL2N",
+        "head scores",
+    ]
+    for name, row in rows.items():
+        assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0 and (row["model"], row["batch"], row["tokens"]) == ("tiny", 4, 8)
+        assert (row["ratio_to_bare"] is not None) is (name in bare)
+    for name, other in bare.items():
+        ratios = [a / b for a, b in zip(rows[name]["seconds"], rows[other]["seconds"], strict=True)]
+        assert rows[name]["ratio_to_bare"] == pytest.approx(sum(ratios) / 2, rel=2e-3)
+    # a head that learns beside an exact step leaves norms and gradient as they are; what it predicts is near after one lesson, not exact
+    assert rows["engine weighted with head"]["max_rel_error"] < 1e-5 and rows["engine weighted with head"]["gradient_rel_error"] < 1e-5
+    assert 1e-5 < rows["head scores"]["max_rel_error"]
+
+
+def test_equal_time(bench, tmp_path, capsys, monkeypatch):
+    """A tenth of a second for each method on the simulated shop, with a tiny model in place of the pre-trained one."""
+    from tiny import tiny_pair
+
+    module = importlib.import_module("equal_time")
+    monkeypatch.setattr(module, "load_pair_model", lambda name, *, seed, device: tiny_pair(seed=seed))
+    out = tmp_path / "time.jsonl"
+    options = ["--data", "shop", "--pairs", "40", "--test-pairs", "60", "--seconds", "0.1", "--evaluations", "2", "--seeds", "1"]
+    module.main([*options, "--device", "cpu", "--out", str(out)])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    by_method = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    assert list(by_method) == ["uniform", "half kept by the forward score", "random half"]
+    for name, found in by_method.items():
+        seconds = [row["seconds"] for row in found]
+        assert len(found) == 3 and seconds[0] == 0 and seconds[1] >= 0.05 and seconds[2] >= 0.1
+        assert [row["ndcg@10"] for row in found] == [pytest.approx(row["ndcg@10"]) for row in found] and found[0]["pairs_seen"] == 0
+        for row in found[1:]:
+            expected = row["pairs_seen"] if name == "uniform" else row["pairs_seen"] / 2
+            assert row["pairs_trained"] == expected and row["pairs_seen"] % 8 == 0 and 0 <= row["ndcg@10"] <= 1
+
+
 def test_make_bench_runs_the_cases_that_have_targets():
     command = ["make", "--no-print-directory", "--dry-run", "bench", "BIN=bin", "ARGS=--repeats 3"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
@@ -190,5 +259,7 @@ def test_make_bench_runs_the_cases_that_have_targets():
         "bin/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 64",
         "bin/python benchmarks/gradient_norms.py --model minilm --batch 16 --tokens 128",
         "bin/python benchmarks/score_dataset.py",
+        "bin/python benchmarks/selective_step.py",
+        "bin/python benchmarks/importance_head.py",
     ]
     assert all(".jsonl --repeats 3" in line and "benchmarks/results/" in line for line in lines)

@@ -14,6 +14,17 @@ CELL_LIMIT_S = 300
 # The parameters with which a study is quick enough for a test. Every study has a line; {} means that its defaults are.
 QUICK = {
     "studies/weighted_bert.ipynb": {"pairs": 32, "seeds": 1, "epochs": 1, "test_pairs": 60},
+    "studies/multi_objective.ipynb": {
+        "objectives": ["relevance", "click"],
+        "grid": 1,
+        "balances": ["sum", "upgrad"],
+        "pairs": 48,
+        "test_pairs": 72,
+        "clicked": 8,
+        "unclicked": 1,
+        "importance_pairs": 8,
+        "resamples": 50,
+    },
 }
 
 
@@ -41,14 +52,18 @@ def check_results(name, parameters, results, shown):
     """What every study's results.json has to say, and that its notebook says which data it ran on."""
     assert results["study"] == Path(name).stem
     assert {key: results["parameters"][key] for key in parameters if key != "report_dir"} == QUICK[name]
-    assert results["data"]["rows"] > 0 and results["data"]["simulated"] is (results["data"]["name"] == "shop")
-    assert ("SIMULATED" in shown) is results["data"]["simulated"]
+    sources = results["data"].get("sources", [results["data"]])
+    for source in sources:
+        assert source["rows"] > 0 and source["simulated"] is (source["name"] == "shop")
+    assert results["data"]["rows"] == sum(source["rows"] for source in sources)
+    assert ("SIMULATED" in shown) is results["data"]["simulated"] is any(source["simulated"] for source in sources)
     assert results["environment"]["versions"]["torch"] and results["environment"]["device"]
     assert results["duration_s"] > 0
-    keys = [(row.get("noise"), row["variant"], row["seed"]) for row in results["results"]]
-    assert len(set(keys)) == len(keys) and {seed for _, _, seed in keys} == set(range(results["parameters"]["seeds"]))
+    keys = [(row.get("data"), row.get("noise"), row["variant"], row["seed"]) for row in results["results"]]
+    assert len(set(keys)) == len(keys) and {seed for *_, seed in keys} == set(range(results["parameters"]["seeds"]))
     for row in results["results"]:
-        assert 0 <= row["ndcg@10"] <= 1 and 0 <= row["auc"] <= 1
+        metrics = {key: value for key, value in row.items() if key.startswith(("ndcg@10", "auc")) and value is not None}
+        assert metrics and all(0 <= value <= 1 for value in metrics.values())
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from recsys_importance import trainer as module
-from recsys_importance.balance import balanced_backward
+from recsys_importance.balance import BALANCES, balanced_backward
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset, pair_logits
 from recsys_importance.objectives import Objectives, click, columns_of, cross_entropy, relevance
@@ -254,8 +254,9 @@ TWO = Objectives(relevance(weight=0.7), click(weight=0.2))
 TASKS = ("relevance", "click")
 
 
-@pytest.mark.parametrize("mode", ["never", "epoch", "step"])
-@pytest.mark.parametrize("balance", ["fixed", "sum", "mgda", "upgrad", "pcgrad"])
+@pytest.mark.parametrize(
+    ("mode", "balance"), [*(("never", balance) for balance in BALANCES), ("epoch", "mgda"), ("step", "upgrad"), ("step", "fixed")]
+)
 def test_a_balanced_step_is_balanced_backward(balance, mode, tmp_path):
     """One epoch of two steps of two micro-batches; the weights from the gradients of the weighted sum, sample by sample."""
     frame, weighting = clicked_frame(), Weighting(clip=2)
@@ -415,11 +416,11 @@ def test_fp16_without_a_gpu_is_refused(tmp_path):
 @pytest.mark.parametrize("mode", module.RECOMPUTE)
 def test_dropout_is_on_while_training_and_repeats_with_the_seed(mode, tmp_path):
     ends = []
-    for number, (seed, dropout) in enumerate(((3, 0.3), (3, 0.3), (4, 0.3), (3, 0.0))):
-        ours = trainer(tmp_path / str(number), count=8, dropout=dropout, seed=seed, recompute=mode)
+    for number, seed in enumerate((3, 3, 4)):
+        ours = trainer(tmp_path / str(number), count=8, dropout=0.3, seed=seed, recompute=mode)
         ours.train()
         ends.append(parameters_of(ours.model))
-    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2]) and not torch.equal(ends[0], ends[3])
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])  # the order has a seed of its own
 
 
 def test_an_evaluation_is_the_mean_loss_of_all_samples_unweighted(tmp_path):
