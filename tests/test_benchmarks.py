@@ -203,7 +203,8 @@ def test_the_importance_head(bench, tmp_path, capsys):
     importlib.import_module("importance_head").main(options)
     rows = {row["method"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert [json.loads(line) for line in out.read_text().splitlines()] == list(rows.values())
-    assert [row for row in rows.values() if list(row) != [*FIELDS, "ratio_to_bare"]] == []
+    fields = [*(name for name in FIELDS if name != "opacus"), "ratio_to_bare"]
+    assert [row for row in rows.values() if list(row) != fields] == []
     bare = {"plain with head": "plain", "engine weighted with head": "engine weighted", "head scores": "EL2N"}
     assert list(rows) == [
         "plain",
@@ -222,7 +223,7 @@ def test_the_importance_head(bench, tmp_path, capsys):
         assert rows[name]["ratio_to_bare"] == pytest.approx(sum(ratios) / 2, rel=2e-3)
     # a head that learns beside an exact step leaves norms and gradient as they are; what it predicts is near after one lesson, not exact
     assert rows["engine weighted with head"]["max_rel_error"] < 1e-5 and rows["engine weighted with head"]["gradient_rel_error"] < 1e-5
-    assert 1e-5 < rows["head scores"]["max_rel_error"]
+    assert rows["head scores"]["max_rel_error"] > 1e-5
 
 
 def test_equal_time(bench, tmp_path, capsys, monkeypatch):
@@ -243,7 +244,7 @@ def test_equal_time(bench, tmp_path, capsys, monkeypatch):
     for name, found in by_method.items():
         seconds = [row["seconds"] for row in found]
         assert len(found) == 3 and seconds[0] == 0 and seconds[1] >= 0.05 and seconds[2] >= 0.1
-        assert [row["ndcg@10"] for row in found] == [pytest.approx(row["ndcg@10"]) for row in found] and found[0]["pairs_seen"] == 0
+        assert found[0]["pairs_seen"] == found[0]["pairs_trained"] == 0 and found[0]["ndcg@10"] == rows[0]["ndcg@10"]
         for row in found[1:]:
             expected = row["pairs_seen"] if name == "uniform" else row["pairs_seen"] / 2
             assert row["pairs_trained"] == expected and row["pairs_seen"] % 8 == 0 and 0 <= row["ndcg@10"] <= 1
