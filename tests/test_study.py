@@ -168,7 +168,7 @@ def test_the_command_prints_the_table_and_where_the_report_is(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["study", "nothing"], "no study 'nothing'; there are: weighted_bert"),
+        (["study", "nothing"], "no study 'nothing'; there are: multi_objective, weighted_bert"),
         (["study", "weighted_bert", "--set", "nosie=0.2"], "did you mean 'noise'"),
         (["study", "weighted_bert", "--set", "noise"], "expected name=value, got 'noise'"),
         (["study", "weighted_bert", "--config", "missing.yaml"], "missing.yaml"),
