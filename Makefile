@@ -133,13 +133,13 @@ sync: $(SETUP) ## fail with the difference if clean, export or readme would chan
 	echo "Notebooks, package and README agree"
 
 # The versions of .venv become the pins; a pin of what is not installed here (for another Python or machine) stays as it is. Local suffixes
-# such as +cpu name a build, not a version, and are cut. tensorflow, which stands in for tensorflow-cpu on ARM, gets the same version.
+# such as +cpu name a build, not a version, and are cut.
 constraints: $(SETUP) ## write constraints.txt from .venv, once the tests have passed there
 	@set -eu; \
 	trap 'rm -f constraints.txt.tmp freeze.tmp' EXIT; \
 	$(PIP) freeze --all --exclude pip --exclude-editable > freeze.tmp; \
 	if grep ' @ ' freeze.tmp; then echo "Installed from a file or an address, not from the index" >&2; exit 1; fi; \
-	{ sed -n 's/^tensorflow_cpu==/tensorflow==/p' freeze.tmp; sed 's/+.*//' freeze.tmp; cat constraints.txt; } > constraints.txt.tmp; \
+	{ sed 's/+.*//' freeze.tmp; cat constraints.txt; } > constraints.txt.tmp; \
 	{ sed -n '/^#/p' constraints.txt; \
 	  awk -F '==' '!/^#/ {name = tolower($$1); gsub(/[-_.]+/, "-", name); if (!seen[name]++) print}' constraints.txt.tmp | LC_ALL=C sort -f; \
 	} > freeze.tmp; \

@@ -13,7 +13,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['importance', 'Weighting', 'effective_sample_size']
 
-# %% ../nbs/00_importance.ipynb #84b3ba2c
+# %% ../nbs/00_importance.ipynb #ff8ab601
 def _float64(scores):
     """(namespace, scores in float64 and cut from any graph, function back to the caller's kind and dtype)."""
     framework = type(scores).__module__.partition(".")[0]
@@ -41,22 +41,38 @@ def _float64(scores):
 
     def restore(x):
         result = back(x)
-        if bool(namespace.any(namespace.isinf(result))):
+        if _true(namespace.any(namespace.isinf(result))):
             raise ValueError(f"the largest result, {float(namespace.max(x)):.6g}, does not fit {dtype}; pass the scores in float32")
         return result
 
     return namespace, values, restore
 
 
+def _true(condition) -> bool:
+    """The condition's value; False for a tensor inside a tf.function, which has none yet."""
+    return not _symbolic(condition) and bool(condition)
+
+
+def _symbolic(x) -> bool:
+    """Whether x is a tensor inside a tf.function."""
+    return type(x).__module__.partition(".")[0] == "tensorflow" and not hasattr(x, "numpy")
+
+
 def _check_numeric(dtype, numeric: bool) -> None:
     if not numeric:
         raise ValueError(f"scores must be numbers, got dtype {dtype}")
 
-# %% ../nbs/00_importance.ipynb #cd6ffb7e
-def _check(xp, scores, axis: int) -> None:
-    """Raise ValueError unless scores are (..., N) with N > 0, finite, not negative, and not all zero along `axis`."""
+# %% ../nbs/00_importance.ipynb #438f8659
+def _check(xp, scores, axis: int):
+    """The scores. Raises ValueError unless they are (..., N) with N > 0, finite, not negative, and not all zero along `axis`.
+
+    Inside a tf.function, where no value is known and nothing can be raised, scores at fault come back as NaN along `axis`.
+    """
     if not tuple(scores.shape) or 0 in tuple(scores.shape):
         raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (..., N) with at least one sample")
+    if _symbolic(scores):
+        faulty = xp.any(~(xp.isfinite(scores) & (scores >= 0)), axis=axis, keepdims=True)
+        return xp.where(faulty | (xp.max(scores, axis=axis, keepdims=True) == 0), xp.zeros_like(scores) + np.nan, scores)
     for fault, found in (
         ("NaN", xp.isnan(scores)),
         ("infinite", xp.isinf(scores)),
@@ -71,8 +87,9 @@ def _check(xp, scores, axis: int) -> None:
             )
     if bool(xp.any(xp.max(scores, axis=axis) == 0)):
         raise ValueError("all scores are zero, so no sample matters more than another; use uniform weights or check the scorer")
+    return scores
 
-# %% ../nbs/00_importance.ipynb #b70b97d5
+# %% ../nbs/00_importance.ipynb #a2198288
 def importance(scores, *, axis: int = -1):
     """Share of each sample in the total score: I_i = s_i / sum_j s_j.
 
@@ -82,11 +99,11 @@ def importance(scores, *, axis: int = -1):
     Source: article A, section 4.1.
     """
     xp, values, restore = _float64(scores)
-    _check(xp, values, axis)
+    values = _check(xp, values, axis)
     values = values / xp.max(values, axis=axis, keepdims=True)
     return restore(values / xp.sum(values, axis=axis, keepdims=True))
 
-# %% ../nbs/00_importance.ipynb #2d6c4dea
+# %% ../nbs/00_importance.ipynb #9e1caf84
 def _capped(xp, weights, clip: float):
     """Weights cut at the cap c for which c = clip * mean of the cut positive weights.
 
@@ -97,14 +114,14 @@ def _capped(xp, weights, clip: float):
     one = xp.ones_like(weights)
     positive = xp.sum(xp.where(weights > 0, one, one * 0), axis=-1, keepdims=True)  # K (..., 1)
     others = xp.cumsum(xp.sort(weights, axis=-1), axis=-1)  # r_m (..., N), at place N - 1 - m
-    at_cap = weights.shape[-1] - xp.cumsum(one, axis=-1)  # m (..., N): N - 1 … 0
+    at_cap = xp.sum(one, axis=-1, keepdims=True) - xp.cumsum(one, axis=-1)  # m (..., N): N - 1 … 0
     room = positive - clip * at_cap
     caps = xp.where(room > 0, clip * others / xp.where(room > 0, room, one), one * np.inf)
     cap = xp.min(caps, axis=-1, keepdims=True)
     # With a share of 1 / clip or more infinite weights, those share everything evenly.
     return xp.where(cap < np.inf, xp.minimum(weights, cap), xp.where(weights < np.inf, one * 0, one))
 
-# %% ../nbs/00_importance.ipynb #553da29e
+# %% ../nbs/00_importance.ipynb #99a16746
 @dataclass(frozen=True)
 class Weighting:
     """How scores become training weights.
@@ -141,12 +158,22 @@ class Weighting:
 
     def share(self, progress: float) -> float:
         """How far the annealing has come at `progress` (the fraction of training done): 0 uniform, 1 final."""
+        if _symbolic(progress):
+            return self._share_in_graph(progress)
         if not 0 <= progress <= 1:
             raise ValueError(f"progress must be in [0, 1], the fraction of training done, got {progress}")
         if self.anneal is None:
             return 1.0
         start, end = self.anneal
         return float(progress >= end) if start == end else min(max((progress - start) / (end - start), 0.0), 1.0)
+
+    def _share_in_graph(self, progress):
+        """`share` of a tensor inside a tf.function, float64; what is out of range counts as its end."""
+        import tensorflow as tf
+
+        start, end = self.anneal or (0.0, 0.0)
+        progress = tf.cast(progress, tf.float64)
+        return tf.cast(progress >= end, tf.float64) if start == end else tf.clip_by_value((progress - start) / (end - start), 0.0, 1.0)
 
     def __call__(self, scores, *, progress: float = 1.0):
         """Weights of the samples at `progress`, the fraction of training done.
@@ -157,33 +184,38 @@ class Weighting:
         """
         share = self.share(progress)
         xp, values, restore = _float64(scores)
-        _check(xp, values, -1)
+        values = _check(xp, values, -1)
         weights = _powered(xp, values, self._kept(xp, values), self.exponent)
         if self.clip is not None:
             weights = _capped(xp, weights, self.clip)
-        elif bool(xp.any(xp.isinf(weights))):
+        elif _true(xp.any(xp.isinf(weights))):
             raise ValueError(
                 f"exponent {self.exponent} gives a score of zero an infinite weight; "
                 "set a clip, which bounds it, or drop such samples with a threshold"
             )
         weights = weights / xp.sum(weights, axis=-1, keepdims=True)
-        weights = (1 - share) / values.shape[-1] + share * weights
-        return restore(weights * values.shape[-1] if self.normalisation == "mean" else weights)
+        count = xp.sum(xp.ones_like(values), axis=-1, keepdims=True)  # N, also where it is not known before a tf.function runs
+        weights = (1 - share) / count + share * weights
+        return restore(weights * count if self.normalisation == "mean" else weights)
 
     def _kept(self, xp, values):
         """(..., N) True where the threshold keeps the sample."""
         if self.threshold is None:
             return values >= 0
         if self.threshold_on == "quantile":
-            place = int(self.threshold * values.shape[-1] + 1e-9)  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
-            return values >= xp.sort(values, axis=-1)[..., place : place + 1]
+            one = xp.ones_like(values)
+            place = xp.floor(
+                self.threshold * xp.sum(one, axis=-1, keepdims=True) + 1e-9
+            )  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
+            upto = xp.where(xp.cumsum(one, axis=-1) - 1 <= place, xp.sort(values, axis=-1), one * 0)
+            return values >= xp.max(upto, axis=-1, keepdims=True)
         values = values / xp.max(values, axis=-1, keepdims=True)
         shares = values / xp.sum(values, axis=-1, keepdims=True)
         kept = shares >= self.threshold
-        largest = float(xp.min(xp.max(shares, axis=-1)))
-        if largest < self.threshold:
+        largest = xp.min(xp.max(shares, axis=-1))
+        if _true(largest < self.threshold):
             raise ValueError(
-                f"threshold {self.threshold} leaves none of {values.shape[-1]}: the largest importance is {largest:.3g}. "
+                f"threshold {self.threshold} leaves none of {values.shape[-1]}: the largest importance is {float(largest):.3g}. "
                 "Importance sums to 1, so it shrinks as samples are added; lower the threshold or use threshold_on='quantile'."
             )
         return kept
@@ -201,7 +233,7 @@ def _powered(xp, scores, kept, exponent: float):
     powers = xp.where(counts, xp.exp(xp.where(counts, logs - largest, zero)), zero)
     return xp.where(kept & (scores == 0), zero + np.inf, powers) if exponent < 0 else powers
 
-# %% ../nbs/00_importance.ipynb #8addb531
+# %% ../nbs/00_importance.ipynb #a3d05d6b
 def effective_sample_size(weights, *, axis: int = -1):
     """Kish's effective sample size (sum w)^2 / sum w^2, between 1 and N.
 
@@ -209,6 +241,6 @@ def effective_sample_size(weights, *, axis: int = -1):
     Raises ValueError as `importance` does. Source: Kish (1965), Survey Sampling.
     """
     xp, values, restore = _float64(weights)
-    _check(xp, values, axis)
+    values = _check(xp, values, axis)
     values = values / xp.max(values, axis=axis, keepdims=True)
     return restore(xp.sum(values, axis=axis) ** 2 / xp.sum(values * values, axis=axis))

