@@ -77,7 +77,7 @@ class SampleAttention(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"width={self.width}, temperature={self.temperature:g}"
 
-# %% ../nbs/27_attention.ipynb #32cf3760
+# %% ../nbs/27_attention.ipynb #35a57353
 def attention_loss(
     losses: torch.Tensor, attention: torch.Tensor, *, regularisation: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -85,7 +85,8 @@ def attention_loss(
 
     losses: (B,) per-sample losses. attention: (B,) of `SampleAttention`, 0 where the mask is. regularisation: lambda, 0 or more, in the
     unit of the losses; 0 lets the attention collapse onto the smallest loss, infinity is not needed: leave the attention out.
-    mask: (B,) bool, the one the attention was made with; a loss left out may be anything.
+    mask: (B,) bool, the one the attention was made with; a loss left out may be anything and gets gradient 0, by which backpropagation
+    still multiplies what the model made of that sample.
     Uniform attention gives the mean loss. Raises ValueError for other shapes, a loss that is NaN or infinite, attention that is no share,
     or a regularisation out of range.
     """

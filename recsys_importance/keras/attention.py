@@ -12,7 +12,7 @@ from .start import keras, tf
 # %% auto #0
 __all__ = ['SampleAttention', 'attention_loss', 'AttentionModel', 'attention_scores']
 
-# %% ../../nbs/35_keras_attention.ipynb #9ace100d
+# %% ../../nbs/35_keras_attention.ipynb #0848d3d8
 def _raise_where(bad, words: str) -> None:
     """Raise ValueError if any of `bad` is true; inside a compiled graph, where values are not at hand, nothing."""
     if tf.executing_eagerly() and bool(tf.reduce_any(bad)):
@@ -50,7 +50,7 @@ class SampleAttention(keras.layers.Layer):
         super().__init__(**kwargs)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature, self.supports_masking = float(temperature), True
 
     def build(self, shape):
         if len(shape) != 2 or shape[1] is None:
@@ -73,6 +73,9 @@ class SampleAttention(keras.layers.Layer):
         attention = tf.nn.softmax(tf.where(mask, logits, tf.constant(-math.inf, logits.dtype)), axis=0)
         right = tf.reduce_all(tf.math.is_finite(logits) | ~mask) & tf.reduce_any(mask)
         return tf.where(right, attention, tf.constant(math.nan, logits.dtype))
+
+    def compute_mask(self, h, previous_mask=None):
+        return None
 
     def compute_output_shape(self, shape):
         return (shape[0],)
