@@ -42,8 +42,8 @@ class Whole(NamedTuple):
 
 Term = Outer | Rows | Whole
 
-# %% ../../nbs/33_keras_gradients.ipynb #ca286bc0
-Rule = Callable[[keras.layers.Layer, tuple, tf.Tensor], dict[str, Term]]
+# %% ../../nbs/33_keras_gradients.ipynb #ecc633a8
+Rule = Callable[[keras.layers.Layer, tuple, tf.Tensor], dict[str, Term | None]]
 RULES: dict[str, Rule] = {}
 
 
@@ -52,8 +52,8 @@ def rule(kind: type[keras.layers.Layer] | str) -> Callable[[Rule], Rule]:
 
     kind: a layer class or its dotted name. The rule is called as rule(layer, arguments, e), with the positional arguments of the layer's
     call and the gradient e of the losses with respect to what enters `layer.activation` (the output, for a layer without one), first
-    dimension B; it returns one term (`Outer`, `Rows` or `Whole`) for each variable by its name in the layer ("kernel", "bias"). It also
-    serves subclasses that keep the class's call.
+    dimension B; it returns one term (`Outer`, `Rows` or `Whole`) for each variable by its name in the layer ("kernel", "bias"), None for
+    one that this call does not use. It also serves subclasses that keep the class's call.
     """
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
 
@@ -88,20 +88,24 @@ def _dense(layer, arguments, e):
     x, e = _positions(arguments[0]), _positions(e)
     return {"kernel": Outer(x, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
 
-# %% ../../nbs/33_keras_gradients.ipynb #76be954c
+# %% ../../nbs/33_keras_gradients.ipynb #dc9b7eff
 @rule(keras.layers.Embedding)
 def _embedding(layer, arguments, e):
     count = tf.shape(e)[0]
     index = tf.reshape(tf.cast(arguments[0], tf.int32), (count, -1))
+    index = tf.where(index < 0, index + layer.input_dim, index)  # Keras counts them from the end
     return {"embeddings": Rows(index, tf.reshape(e, (count, -1, e.shape[-1])))}
 
 
 @rule(keras.layers.ReversibleEmbedding)
 def _reversible_embedding(layer, arguments, e):
+    other = {} if layer.tie_weights else {"embeddings": None, "reverse_embeddings": None}  # of the two tables a call uses one
     if len(arguments) < 2 or not arguments[1]:
-        return _embedding(layer, arguments, e)
-    x, e = _positions(arguments[0]), _positions(e)
-    return {"embeddings": Outer(e, x)} if layer.tie_weights else {"reverse_embeddings": Outer(x, e)}
+        return other | _embedding(layer, arguments, e)
+    if layer.logit_soft_cap is not None:
+        raise ValueError("expected a ReversibleEmbedding without logit_soft_cap, behind which its own output is hidden")
+    x, e = tf.cast(_positions(arguments[0]), e.dtype), _positions(e)
+    return other | ({"embeddings": Outer(e, x)} if layer.tie_weights else {"reverse_embeddings": Outer(x, e)})
 
 
 @rule("keras_hub.src.layers.modeling.position_embedding.PositionEmbedding")
@@ -110,9 +114,11 @@ def _position_embedding(layer, arguments, e):
         raise ValueError("expected a PositionEmbedding without start_index and positions")
     return {"embeddings": Rows(tf.broadcast_to(tf.range(tf.shape(e)[1])[None], tf.shape(e)[:2]), e)}
 
-# %% ../../nbs/33_keras_gradients.ipynb #bf87c63f
+# %% ../../nbs/33_keras_gradients.ipynb #085ecb32
 @rule(keras.layers.LayerNormalization)
 def _layer_normalization(layer, arguments, e):
+    if layer.rms_scaling:
+        raise ValueError("expected a LayerNormalization without rms_scaling")
     x, e = _wide(arguments[0]), _wide(e)
     axes = [axis % x.shape.rank for axis in layer.axis]
     mean, variance = tf.nn.moments(x, axes, keepdims=True)
@@ -340,7 +346,7 @@ def _sites(model, wanted: set[int]):
             )
         yield layer, own, found
 
-# %% ../../nbs/33_keras_gradients.ipynb #833ec07c
+# %% ../../nbs/33_keras_gradients.ipynb #2dddadaf
 def _sample_losses(loss, y, predictions):
     """(B,) float32 or float64 losses of a batch; loss: Keras's, by name or object, or (y, predictions) -> (B,)."""
     if isinstance(loss, str):
@@ -355,21 +361,36 @@ def _sample_losses(loss, y, predictions):
         y = y[..., 0]
     losses = _wide(tf.convert_to_tensor(loss(y, predictions)))
     sizes = [x.shape[0] if x.shape.rank else 0 for x in (losses, predictions)]
-    if None not in sizes and sizes[0] != sizes[1]:
+    if losses.shape.rank == 0 or (None not in sizes and sizes[0] != sizes[1]):
         raise ValueError(f"the loss of a batch of {sizes[1]} has shape {losses.shape}; expected one value per sample, not their mean")
     return tf.reduce_mean(losses, range(1, losses.shape.rank)) if losses.shape.rank > 1 else losses
 
 
 def _all_losses(model, loss, y, predictions):
-    """(B,) losses of a model of one or several outputs."""
-    if isinstance(predictions, dict | list | tuple):
-        names = list(predictions) if isinstance(predictions, dict) else range(len(predictions))
-        weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
-        weights = dict.fromkeys(names, 1.0) if weights is None else weights
-        several = isinstance(loss, dict | list | tuple)
-        used = [name for name in names if not several or not isinstance(loss, dict) or name in loss]
-        return sum(weights[k] * _sample_losses(loss[k] if several else loss, y[k], predictions[k]) for k in used)
-    return _sample_losses(loss, y, predictions)
+    """(B,) losses of a model of one or several outputs, times the compiled loss_weights."""
+    several = isinstance(predictions, dict | list | tuple)
+    outputs = predictions if several else [predictions]
+    names = list(outputs) if isinstance(outputs, dict) else list(getattr(model, "output_names", None) or range(len(outputs)))
+    names = names if len(set(names)) == len(outputs) else list(range(len(outputs)))
+    weights = getattr(getattr(model, "_compile_loss", None), "_user_loss_weights", None)
+    weights = _of_each_output(1.0 if weights is None else weights, names, "loss_weights")
+    y = _of_each_output(y if several or isinstance(y, dict) else [y], names, "y")
+    loss, outputs = _of_each_output(loss, names, "loss"), _of_each_output(outputs, names, "predictions")
+    if not any(loss.values()):
+        raise ValueError(f"expected a loss for an output; there are {names}")
+    return sum(weights[k] * _sample_losses(loss[k], y[k], outputs[k]) for k in names if loss.get(k) is not None)
+
+
+def _of_each_output(given, names: list, what: str) -> dict:
+    """What was given for each output by its name: a dictionary by name, a list in the outputs' order, anything else for all of them."""
+    if isinstance(given, dict):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(f"{what} has {unknown}, but the outputs are {names}")
+        return given
+    if isinstance(given, list | tuple) and len(given) != len(names):
+        raise ValueError(f"{what} has {len(given)} entries for the {len(names)} outputs {names}")
+    return dict(zip(names, given, strict=True)) if isinstance(given, list | tuple) else dict.fromkeys(names, given)
 
 # %% ../../nbs/33_keras_gradients.ipynb #9b9e42b4
 def chosen_variables(model, patterns: str | Sequence[str] = "*") -> list:
@@ -405,7 +426,7 @@ class SampleGradients:
             sums.append(_added(parts, variable.dtype) if parts else None)
         return sums
 
-# %% ../../nbs/33_keras_gradients.ipynb #22985803
+# %% ../../nbs/33_keras_gradients.ipynb #32ace7d0
 @tf.autograph.experimental.do_not_convert
 def sample_gradients(
     model, x, y, sample_weight=None, *, loss=None, variables: str | Sequence[str] = "*", training: bool = False
@@ -415,8 +436,8 @@ def sample_gradients(
     model: a Keras model of layers with a `rule`, samples as first dimension throughout. x, y: a batch as `fit` takes it. sample_weight:
     (B,), multiplies the losses. loss: as for `compile`, or a function (y, predictions) -> (B,); the compiled one by default. variables:
     patterns of the paths of those the norms are taken over. training: whether dropout is on. Runs eagerly or inside tf.function, XLA too.
-    Raises ValueError if the loss is not per sample, a layer has no rule, layers add losses of their own (other than a regularizer of
-    their variables, which belongs to no sample and is left out), or nothing matches.
+    Raises ValueError if the loss is not per sample, a layer has no rule or no row per sample, layers add losses of their own (other than
+    a regularizer of their variables, which belongs to no sample and is left out), or nothing matches.
     Source: article A, section 4.1; Goodfellow (2015); Li et al. (ICLR 2022) for sequences.
     """
     loss = _loss_of(model) if loss is None else loss
@@ -441,7 +462,7 @@ def sample_gradients(
     reached = [(part, d) for part, d in zip(flat, directions, strict=True) if d is not None]
     outputs = [use.output for use in watched.uses]
     found = through_model.gradient([part for part, _ in reached], outputs, [d for _, d in reached])
-    terms = _terms(watched.uses, found)
+    errors, terms = _checked_rows(watched.uses, found, errors), _terms(watched.uses, found)
     products, squares = _Products(), 0
     for key in sorted(counted & set(terms), key=[*by_id].index):
         for k, a in enumerate(terms[key]):
@@ -451,7 +472,7 @@ def sample_gradients(
         raise ValueError("the loss does not depend on any of the chosen variables; choose others by path pattern")
     return SampleGradients(model, terms, errors, losses, tf.sqrt(tf.maximum(squares, 0)) * errors, raw)
 
-# %% ../../nbs/33_keras_gradients.ipynb #8e179da9
+# %% ../../nbs/33_keras_gradients.ipynb #b3c4118f
 def _loss_of(model):
     """The loss that the model was compiled with."""
     if getattr(model, "loss", None) is None:
@@ -460,7 +481,7 @@ def _loss_of(model):
 
 
 def _refuse_added_losses(model) -> None:
-    decayed = sum(v.regularizer is not None for layer in model._flatten_layers() for v in layer._trainable_variables)
+    decayed = sum(v.regularizer is not None for v in model.trainable_variables)
     if len(model.losses) > decayed:
         raise ValueError("layers of the model add losses of their own (add_loss, activity_regularizer), which belong to no sample here")
 
@@ -501,8 +522,24 @@ def _terms(uses: list[_Use], gradients) -> dict[int, list[Term]]:
             if name not in made:
                 there = ", ".join(map(repr, made))
                 raise ValueError(f"the rule for {_named(use.layer)} gave no term for its variable {name!r}, only for {there}")
-            terms[id(variable)].append(made[name])
+            if made[name] is not None:
+                terms[id(variable)].append(made[name])
     return terms
+
+
+def _checked_rows(uses: list[_Use], gradients, errors):
+    """errors, (B,). Raises ValueError if a layer did not return B rows; NaN where a tf.function finds that out only as it runs."""
+    count = errors.shape[0]
+    for use, e in zip(uses, gradients, strict=True):
+        rows = use.output.shape[0] if use.output.shape.rank else 0
+        if e is not None and None in (rows, count):
+            errors = tf.where(tf.equal(tf.shape(use.output)[0], tf.shape(errors)[0]), errors, errors * float("nan"))
+        elif e is not None and rows != count:
+            raise ValueError(
+                f"{_named(use.layer)} returned shape {use.output.shape} in a batch of {count}; expected the samples as first dimension. "
+                "Give what all samples share, such as positions, a row for each; fold no other dimension into the first"
+            )
+    return errors
 
 # %% ../../nbs/33_keras_gradients.ipynb #e02ed298
 def gradient_norms(model, x, y, sample_weight=None, *, loss=None, variables: str | Sequence[str] = "*", training: bool = False):
