@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 STUDY ?= weighted_bert
+BACKEND ?=
 DATA ?=
 PARAMS ?=
 CONFIG ?=
@@ -35,7 +36,7 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  Variables: STUDY=weighted_bert DATA=auto|chorus|shop|path/to/file.csv PARAMS="noise=0.2 seeds=3" CONFIG=file.yaml for study,'
+	@echo '  Variables: STUDY=weighted_bert DATA=auto|chorus|shop|path/to/file.csv BACKEND=pytorch|tensorflow PARAMS="noise=0.2 seeds=3" CONFIG=file.yaml for study,'
 	@echo '  ARGS="-k name" for test, ARGS="--repeats 15" for bench, PYTHON=python3.12 and TORCH_INDEX=https://... (a further wheel index for torch) for set-up.'
 
 # .venv/.made holds what .venv was made from: its Python version, this folder, the pins. `unfinished` there means that a set-up was
@@ -78,7 +79,7 @@ setup: ## set up .venv with the pinned versions (the other targets do it themsel
 	echo ".venv is ready"
 
 study: $(SETUP) ## run a study and say where its report is
-	@$(BIN)/recsys-importance study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(CONFIG),--config '$(CONFIG)') $(foreach pair,$(PARAMS),--set '$(pair)')
+	@$(BIN)/recsys-importance study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(BACKEND),--set 'backend=$(BACKEND)' --folder 'reports/$(STUDY)_$(BACKEND)') $(if $(CONFIG),--config '$(CONFIG)') $(foreach pair,$(PARAMS),--set '$(pair)')
 
 test: $(SETUP) ## run every test
 	@$(BIN)/python -m pytest $(ARGS)

@@ -22,27 +22,34 @@ from pathlib import Path
 __all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'resumed', 'study_parameters', 'check_parameters', 'run_study',
            'write_report']
 
-# %% ../nbs/41_study.ipynb #2c40b6a3
+# %% ../nbs/41_study.ipynb #f0ad3092
 _RECORDED = ("recsys_importance", "torch", "transformers", "accelerate", "numpy", "pandas", "scikit-learn", "scipy")
+_RECORDED_OF_KERAS = ("tensorflow", "keras", "keras-hub")
 
 
-def environment(device: str = "cpu") -> dict:
-    """Versions, device and git commit of this run. device: the torch device in use; a GPU is given by its product name.
+def environment(device: str = "cpu", *, backend: str = "pytorch") -> dict:
+    """Versions, device and git commit of this run. device: the device in use, in torch's words; a GPU is given by its product name.
 
+    backend: "pytorch", or "tensorflow", whose versions are then given too.
     `git_commit` is None outside a git checkout; `uncommitted` says whether tracked files differ from that commit.
     """
     versions = {"python": platform.python_version()}
-    for package in _RECORDED:
+    for package in _RECORDED + (_RECORDED_OF_KERAS if backend == "tensorflow" else ()):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     name = platform.machine()
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and backend == "tensorflow":
+        from recsys_importance.keras.start import gpu_name
+
+        name = gpu_name()
+    elif device.startswith("cuda"):
         import torch
 
         name = torch.cuda.get_device_name(device)
     return {
+        "backend": backend,
         "versions": versions,
         "device": device,
         "device_name": name,
@@ -62,7 +69,7 @@ def _git(*arguments: str) -> str | None:
         return None
     return result.stdout.strip()
 
-# %% ../nbs/41_study.ipynb #1c5bd91e
+# %% ../nbs/41_study.ipynb #0f995541
 REQUIRED_RESULTS = ("study", "parameters", "data", "environment", "results", "summary", "duration_s")
 
 
@@ -181,7 +188,7 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
         checked[name] = value
     return checked
 
-# %% ../nbs/41_study.ipynb #514378ca
+# %% ../nbs/41_study.ipynb #c5d68bd8
 def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: str | Path, timeout: int = 6 * 3600) -> dict:
     """Execute a study headless and write <name>.ipynb, results.json and <name>.html to `folder`; returns the results.
 
@@ -229,7 +236,7 @@ def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: s
     write_report(executed, report)
     return json.loads(results.read_text(encoding="utf-8"))
 
-# %% ../nbs/41_study.ipynb #bfb6151c
+# %% ../nbs/41_study.ipynb #84a942da
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>

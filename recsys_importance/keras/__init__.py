@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Affine', 'ImportanceModel', 'MeanPooling', 'Outer', 'Rows', 'SampleAttention', 'SampleGradients', 'Warmup', 'Whole',
            'encode', 'fine_tune', 'gradient_norms', 'gradient_norms_by_tape', 'load_pair_model', 'pair_dataset',
-           'pair_loss', 'predict', 'rule', 'sample_gradients', 'score_dataset']
+           'pair_loss', 'pick_device', 'predict', 'rule', 'sample_gradients', 'score_dataset']
 
-# %% ../../nbs/37_keras.ipynb #287dc49b
+# %% ../../nbs/37_keras.ipynb #6fd80600
 import importlib
 
 _all_ = [
@@ -27,6 +27,7 @@ _all_ = [
     "load_pair_model",
     "pair_dataset",
     "pair_loss",
+    "pick_device",
     "predict",
     "rule",
     "sample_gradients",
@@ -36,6 +37,7 @@ _MODULES = {
     "attention": ("SampleAttention",),
     "gradients": ("Outer", "Rows", "SampleGradients", "Whole", "gradient_norms", "gradient_norms_by_tape", "rule", "sample_gradients"),
     "models": ("Affine", "MeanPooling", "encode", "load_pair_model", "pair_dataset", "predict"),
+    "start": ("pick_device",),
     "training": ("ImportanceModel", "Warmup", "fine_tune", "pair_loss", "score_dataset"),
 }
 

@@ -42,7 +42,7 @@ class Whole(NamedTuple):
 
 Term = Outer | Rows | Whole
 
-# %% ../../nbs/33_keras_gradients.ipynb #ecc633a8
+# %% ../../nbs/33_keras_gradients.ipynb #cb35074d
 Rule = Callable[[keras.layers.Layer, tuple, tf.Tensor], dict[str, Term | None]]
 RULES: dict[str, Rule] = {}
 
@@ -50,8 +50,8 @@ RULES: dict[str, Rule] = {}
 def rule(kind: type[keras.layers.Layer] | str) -> Callable[[Rule], Rule]:
     """Decorator that registers how the variables of a kind of layer get their gradient.
 
-    kind: a layer class or its dotted name. The rule is called as rule(layer, arguments, e), with the positional arguments of the layer's
-    call and the gradient e of the losses with respect to what enters `layer.activation` (the output, for a layer without one), first
+    kind: a layer class or its dotted name. The rule is called as rule(layer, arguments, e), with the arguments of the layer's call in
+    their order and the gradient e of the losses with respect to what enters `layer.activation` (the output, for a layer without one), first
     dimension B; it returns one term (`Outer`, `Rows` or `Whole`) for each variable by its name in the layer ("kernel", "bias"), None for
     one that this call does not use. It also serves subclasses that keep the class's call.
     """
@@ -88,7 +88,7 @@ def _dense(layer, arguments, e):
     x, e = _positions(arguments[0]), _positions(e)
     return {"kernel": Outer(x, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
 
-# %% ../../nbs/33_keras_gradients.ipynb #dc9b7eff
+# %% ../../nbs/33_keras_gradients.ipynb #0445ff25
 @rule(keras.layers.Embedding)
 def _embedding(layer, arguments, e):
     count = tf.shape(e)[0]
@@ -100,7 +100,7 @@ def _embedding(layer, arguments, e):
 @rule(keras.layers.ReversibleEmbedding)
 def _reversible_embedding(layer, arguments, e):
     other = {} if layer.tie_weights else {"embeddings": None, "reverse_embeddings": None}  # of the two tables a call uses one
-    if len(arguments) < 2 or not arguments[1]:
+    if not arguments[1]:
         return other | _embedding(layer, arguments, e)
     if layer.logit_soft_cap is not None:
         raise ValueError("expected a ReversibleEmbedding without logit_soft_cap, behind which its own output is hidden")
@@ -110,17 +110,21 @@ def _reversible_embedding(layer, arguments, e):
 
 @rule("keras_hub.src.layers.modeling.position_embedding.PositionEmbedding")
 def _position_embedding(layer, arguments, e):
-    if len(arguments) > 1:
-        raise ValueError("expected a PositionEmbedding without start_index and positions")
-    return {"embeddings": Rows(tf.broadcast_to(tf.range(tf.shape(e)[1])[None], tf.shape(e)[:2]), e)}
+    start, positions = (*arguments[1:], None)[:2]
+    places = tf.range(tf.shape(e)[1]) + start if positions is None else tf.cast(positions, tf.int32)
+    if e.shape.rank != 3:
+        raise ValueError("expected a PositionEmbedding of a (B, T, d)")
+    return {"embeddings": Rows(tf.broadcast_to(places, tf.shape(e)[:2]), e)}
 
-# %% ../../nbs/33_keras_gradients.ipynb #085ecb32
+# %% ../../nbs/33_keras_gradients.ipynb #586cf0a8
 @rule(keras.layers.LayerNormalization)
 def _layer_normalization(layer, arguments, e):
     if layer.rms_scaling:
         raise ValueError("expected a LayerNormalization without rms_scaling")
     x, e = _wide(arguments[0]), _wide(e)
     axes = [axis % x.shape.rank for axis in layer.axis]
+    if axes != sorted(axes) or 0 in axes:
+        raise ValueError(f"expected a LayerNormalization of axes in their order and without the samples', got {layer.axis}")
     mean, variance = tf.nn.moments(x, axes, keepdims=True)
     scaled = e * (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
     others = [axis for axis in range(1, x.shape.rank) if axis not in axes]
@@ -238,11 +242,12 @@ def _written_out(term: Term, shape):
         case Whole(gradients):
             return gradients
 
-# %% ../../nbs/33_keras_gradients.ipynb #53b55a1d
+# %% ../../nbs/33_keras_gradients.ipynb #77e55401
 def _weighted_sum(term: Term, weights, shape):
     """sum_i w_i g_i of a term, in the variable's shape; of rows, as tf.IndexedSlices, which is what a plain step gives the optimiser."""
     match term:
         case Outer(left, right):
+            left, right = (_wide(left), _wide(right)) if left.dtype == tf.float16 else (left, right)  # errors may leave its range
             left, right = (_scaled(left, weights), right) if left.shape[-1] <= right.shape[-1] else (left, _scaled(right, weights))
             left, right = (tf.reshape(x, (-1, x.shape[-1])) for x in (left, right))
             return tf.reshape(tf.matmul(left, right, transpose_a=True), shape)
@@ -268,7 +273,7 @@ def _added(parts: list, dtype):
         return tf.IndexedSlices(tf.cast(part.values, dtype), part.indices, part.dense_shape)
     return tf.cast(tf.add_n([_wide(tf.convert_to_tensor(part)) for part in parts]), dtype)
 
-# %% ../../nbs/33_keras_gradients.ipynb #93993a4a
+# %% ../../nbs/33_keras_gradients.ipynb #ce99515a
 @dataclass(frozen=True)
 class _Use:
     """One call of a layer: its positional arguments and what went into its activation."""
@@ -324,8 +329,9 @@ class _Watched:
 
 def _positional(layer, args: tuple, kwargs: dict) -> tuple:
     """A call's arguments in their order, whichever way they were given; `training` and `mask` left out."""
-    names = [name for name in layer._call_signature.parameters if name not in ("training", "mask")]
-    return (*args, *(kwargs[name] for name in names[len(args) :] if kwargs.get(name) is not None))
+    given = layer._call_signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    return tuple(value for name, value in given.arguments.items() if name not in ("training", "mask"))
 
 
 def _named(layer) -> str:
@@ -346,7 +352,7 @@ def _sites(model, wanted: set[int]):
             )
         yield layer, own, found
 
-# %% ../../nbs/33_keras_gradients.ipynb #2dddadaf
+# %% ../../nbs/33_keras_gradients.ipynb #30e29bff
 def _sample_losses(loss, y, predictions):
     """(B,) float32 or float64 losses of a batch; loss: Keras's, by name or object, or (y, predictions) -> (B,)."""
     if isinstance(loss, str):
@@ -361,7 +367,8 @@ def _sample_losses(loss, y, predictions):
         y = y[..., 0]
     losses = _wide(tf.convert_to_tensor(loss(y, predictions)))
     sizes = [x.shape[0] if x.shape.rank else 0 for x in (losses, predictions)]
-    if losses.shape.rank == 0 or (None not in sizes and sizes[0] != sizes[1]):
+    places = losses.shape[1:].is_compatible_with(predictions.shape[1 : losses.shape.rank])  # not (B, B) of (B,) and (B, 1), say
+    if losses.shape.rank == 0 or (None not in sizes and sizes[0] != sizes[1]) or not places:
         raise ValueError(f"the loss of a batch of {sizes[1]} has shape {losses.shape}; expected one value per sample, not their mean")
     return tf.reduce_mean(losses, range(1, losses.shape.rank)) if losses.shape.rank > 1 else losses
 
@@ -426,7 +433,7 @@ class SampleGradients:
             sums.append(_added(parts, variable.dtype) if parts else None)
         return sums
 
-# %% ../../nbs/33_keras_gradients.ipynb #32ace7d0
+# %% ../../nbs/33_keras_gradients.ipynb #310cc227
 @tf.autograph.experimental.do_not_convert
 def sample_gradients(
     model, x, y, sample_weight=None, *, loss=None, variables: str | Sequence[str] = "*", training: bool = False
@@ -449,13 +456,13 @@ def sample_gradients(
     flat = keras.tree.flatten(raw)
     if any(getattr(part, "_keras_mask", None) is not None for part in flat):
         raise ValueError("the predictions carry a mask, which Keras would apply to the losses; pool over positions inside the model")
-    wide = [_wide(part) for part in flat]
+    flat, seen, wide = _cut(flat)
     with tf.GradientTape() as through_loss:
-        through_loss.watch(wide)
+        through_loss.watch(seen)
         losses = _all_losses(model, loss, y, keras.tree.pack_sequence_as(raw, wide))
         if sample_weight is not None:
             losses = losses * tf.cast(tf.reshape(sample_weight, (-1,)), losses.dtype)
-    directions = through_loss.gradient(losses, wide)
+    directions = through_loss.gradient(losses, seen)
     if all(d is None for d in directions):
         raise ValueError("the loss does not depend on the model's predictions")
     errors, directions = _unit(directions, flat)
@@ -472,7 +479,7 @@ def sample_gradients(
         raise ValueError("the loss does not depend on any of the chosen variables; choose others by path pattern")
     return SampleGradients(model, terms, errors, losses, tf.sqrt(tf.maximum(squares, 0)) * errors, raw)
 
-# %% ../../nbs/33_keras_gradients.ipynb #b3c4118f
+# %% ../../nbs/33_keras_gradients.ipynb #a530bf55
 def _loss_of(model):
     """The loss that the model was compiled with."""
     if getattr(model, "loss", None) is None:
@@ -484,6 +491,22 @@ def _refuse_added_losses(model) -> None:
     decayed = sum(v.regularizer is not None for v in model.trainable_variables)
     if len(model.losses) > decayed:
         raise ValueError("layers of the model add losses of their own (add_loss, activity_regularizer), which belong to no sample here")
+
+
+def _cut(predictions: list):
+    """(tensors of the model that a loss may read, the same cut off from it, the predictions among these).
+
+    A sigmoid or softmax of Keras leaves its logits with its output, and Keras's cross-entropies read those.
+    """
+    wide, behind = [tf.identity(_wide(part)) for part in predictions], [getattr(part, "_keras_logits", None) for part in predictions]
+    for part, logits in zip(wide, behind, strict=True):
+        if logits is not None:
+            part._keras_logits = tf.identity(_wide(logits))
+    return (
+        [*predictions, *(logits for logits in behind if logits is not None)],
+        [*wide, *(part._keras_logits for part in wide if hasattr(part, "_keras_logits"))],
+        wide,
+    )
 
 
 def _unit(directions, flat):

@@ -124,7 +124,7 @@ def _cross_encoder(backbone, tasks: tuple, dropout: float, seed: int):
     start = keras.initializers.RandomNormal(stddev=0.02, seed=seed)  # as Hugging Face starts a head
     return keras.Model(inputs, keras.layers.Dense(len(tasks), kernel_initializer=start, name="classifier")(pooled), name="cross_encoder")
 
-# %% ../../nbs/34_keras_models.ipynb #3fcc8377
+# %% ../../nbs/34_keras_models.ipynb #20fd6ece
 def load_pair_model(
     encoder: str | Path = "minilm",
     *,
@@ -156,6 +156,7 @@ def load_pair_model(
     start = {}
     model = _two_tower(backbone, tasks, start) if architecture == "two_tower" else _cross_encoder(backbone, tasks, rate, seed)
     model.tasks = tuple(tasks)
+    model.jit_compile = False  # for predict: XLA would take longer to compile a forward pass than a few thousand pairs take to run
     if saved:
         _load_head(model, folder)
     return PairModel(model, tokenizer)

@@ -31,7 +31,7 @@ def _held_back():
             os.close(kept)
 
 # %% auto #0
-__all__ = ['tf', 'keras']
+__all__ = ['tf', 'keras', 'pick_device', 'gpu_name']
 
 # %% ../../nbs/32_keras_start.ipynb #3221d02c
 def _start():
@@ -60,3 +60,26 @@ def _start():
 
 
 tf, keras = _start()
+
+# %% ../../nbs/32_keras_start.ipynb #4afab38f
+def pick_device(device: str = "auto") -> str:
+    """ "cuda" or "cpu": "auto" takes a GPU if TensorFlow sees one; "cpu" hides GPUs from it. Raises ValueError if it cannot be had."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda' with TensorFlow, got {device!r}")
+    if device == "cuda" and not gpus:
+        raise ValueError("device 'cuda' is not available: TensorFlow sees no GPU. Use device='auto' to take the best one.")
+    if device == "cpu" and gpus:
+        try:
+            tf.config.set_visible_devices([], "GPU")
+        except RuntimeError:
+            raise ValueError("TensorFlow already uses the GPU; choose device='cpu' before anything is computed") from None
+    return "cuda" if gpus and device != "cpu" else "cpu"
+
+
+def gpu_name() -> str:
+    """The product name of the first GPU that TensorFlow sees."""
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        raise ValueError("TensorFlow sees no GPU")
+    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", gpus[0].name)
