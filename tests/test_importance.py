@@ -549,3 +549,98 @@ def test_effective_sample_size_by_hand():
     assert effective_sample_size(np.ones(7)) == pytest.approx(7)
     assert effective_sample_size([0.0, 3.0, 0.0]) == 1
     assert effective_sample_size(np.repeat([1.0, 0.1], 500)) == pytest.approx(550**2 / 505)
+
+
+# --- inside a tf.function -----------------------------------------------------------------------------------------------------------------
+
+RUNS = [(compiled, known) for compiled in (False, True) for known in (True, False)]
+
+
+def inside(weighting, *, compiled: bool, known: bool, length: int, rank: int = 1):
+    """(scores, progress) -> weights, run inside a tf.function, XLA or not, the length known or not while it is traced."""
+    tf = pytest.importorskip("tensorflow")
+    shape = [None] * (rank - 1) + [length if known else None]
+    signature = [tf.TensorSpec(shape, tf.float32), tf.TensorSpec((), tf.float64)]
+    return tf.function(lambda scores, progress: weighting(scores, progress=progress), input_signature=signature, jit_compile=compiled)
+
+
+@pytest.mark.parametrize(("compiled", "known"), RUNS)
+@settings(max_examples=15)
+@given(data=st.data(), weighting=weightings, progress=st.sampled_from([0.0, 0.3, 0.4, 0.5, 1.0]))
+def test_a_tf_function_gives_the_float32_bits_of_numpy(compiled, known, data, weighting, progress):
+    scores = np.array(data.draw(score_lists(zeros=weighting.exponent >= 0, max_size=12, lowest=1e-8, highest=1e8)), dtype=np.float32)
+    expected = weighting(scores, progress=progress)
+    assume((expected[expected > 0] > 2 * SMALLEST_FLOAT32).all())
+    found = inside(weighting, compiled=compiled, known=known, length=len(scores))(scores, progress).numpy()
+    assert found.dtype == np.float32 and found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("compiled", "known"), RUNS)
+def test_a_tf_function_weighs_every_row_alone(compiled, known):
+    scores = np.random.default_rng(0).lognormal(sigma=2, size=(3, 5)).astype(np.float32)
+    scores[1, 2] = np.nan  # a fault stays in its row
+    weighting = Weighting(exponent=0.5, clip=1.5, anneal=(0.2, 0.8), threshold=0.25, threshold_on="quantile")
+    found = inside(weighting, compiled=compiled, known=known, length=5, rank=2)(scores, 0.5).numpy()
+    assert np.isnan(found).tolist() == [[False] * 5, [True] * 5, [False] * 5]
+    for row in (0, 2):
+        assert found[row].tobytes() == weighting(scores[row], progress=0.5).tobytes()
+
+
+@pytest.mark.parametrize(("compiled", "known"), RUNS)
+@pytest.mark.parametrize(
+    ("weighting", "scores", "message"),
+    [
+        (Weighting(), [1.0, np.nan, 2.0], "NaN"),
+        (Weighting(), [1.0, np.inf, 2.0], "infinite"),
+        (Weighting(clip=1.5), [1.0, -1.0, 2.0], "negative"),
+        (Weighting(exponent=0), [-np.inf, 1.0, 2.0], "infinite"),
+        (Weighting(exponent=0), [0.0, 0.0, 0.0], "all scores are zero"),
+        (Weighting(exponent=-1, clip=2), [0.0, 0.0, 0.0], "all scores are zero"),
+        (Weighting(threshold=0.5, threshold_on="quantile", clip=2), [0.0, 0.0, 0.0], "all scores are zero"),
+        (Weighting(exponent=-1), [0.0, 1.0, 2.0], "infinite weight"),
+        (Weighting(exponent=-1, anneal=(0.5, 1)), [0.0, 1.0, 2.0], "infinite weight"),
+        (Weighting(threshold=0.6), [1.0, 1.0, 1.0], "leaves none"),
+        (Weighting(threshold=0.6, exponent=0, clip=2), [1.0, 1.0, 1.0], "leaves none"),
+    ],
+)
+def test_what_raises_outside_is_nan_inside(compiled, known, weighting, scores, message):
+    scores = np.array(scores, dtype=np.float32)
+    for progress in (0.0, 1.0):
+        with pytest.raises(ValueError, match=message):
+            weighting(scores, progress=progress)
+        found = inside(weighting, compiled=compiled, known=known, length=3)(scores, progress).numpy()
+        assert np.isnan(found[0]) if "infinite weight" in message else np.isnan(found).all()
+
+
+@pytest.mark.parametrize(("compiled", "known"), RUNS)
+def test_importance_and_effective_sample_size_inside_a_tf_function(compiled, known):
+    tf = pytest.importorskip("tensorflow")
+    signature = [tf.TensorSpec((4 if known else None,), tf.float32)]
+    both = tf.function(lambda scores: (importance(scores), effective_sample_size(scores)), input_signature=signature, jit_compile=compiled)
+    for scores in ([1.0, 2.0, 5.0, 0.0], [1e-30, 3e-30, 0.5e-30, 7e-30]):
+        scores = np.array(scores, dtype=np.float32)
+        for found, expected in zip(both(scores), (importance(scores), effective_sample_size(scores)), strict=True):
+            assert found.numpy().tobytes() == expected.tobytes()
+    for scores in ([1.0, np.nan, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 1.0, 1.0]):
+        assert all(np.isnan(found.numpy()).all() for found in both(np.array(scores, dtype=np.float32)))
+
+
+def test_progress_of_float32_inside_a_tf_function():
+    tf = pytest.importorskip("tensorflow")
+    weigh = tf.function(lambda scores, progress: Weighting(anneal=(0.25, 0.75))(scores, progress=progress))
+    scores = np.array([1.0, 2.0, 5.0], dtype=np.float32)
+    for progress in (0.0, 0.25, 0.375, 0.5, 0.75, 1.0):
+        expected = Weighting(anneal=(0.25, 0.75))(scores, progress=progress)
+        assert weigh(tf.constant(scores), tf.constant(progress)).numpy().tobytes() == expected.tobytes()
+    step = tf.function(lambda progress: Weighting(anneal=(0.5, 0.5))(tf.constant(scores), progress=progress))
+    assert step(tf.constant(0.499)).numpy().tolist() == [1, 1, 1] and step(tf.constant(0.5)).numpy().tolist() != [1, 1, 1]
+
+
+@settings(max_examples=60)
+@given(data=st.data(), weighting=weightings, progress=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_the_frameworks_agree_on_weights_to_the_last_bit_of_float32(data, weighting, progress):
+    zeros = weighting.exponent >= 0 or weighting.clip is not None
+    scores = np.array(data.draw(score_lists(zeros=zeros, max_size=25, lowest=1e-8, highest=1e8)), dtype=np.float32)
+    weights = [to_numpy(weighting(to_framework(scores, framework, "float32"), progress=progress)) for framework in FRAMEWORKS]
+    assume((weights[0][weights[0] > 0] > 2 * SMALLEST_FLOAT32).all())
+    assert weights[0].dtype == np.float32 and weights[0].tobytes() == weights[1].tobytes() == weights[2].tobytes()
