@@ -23,6 +23,7 @@ from tiny import tiny_frame, tiny_pair
 
 from recsys_importance import training
 from recsys_importance.evaluation import evaluate
+from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset, add_lora, predict
 from recsys_importance.objectives import LOSSES, Objectives, click, cross_entropy, relevance
@@ -294,6 +295,20 @@ def test_annealed_weights_begin_uniform(mode, train, validation):
     assert shares[:2] == pytest.approx([1, 1]) and shares[3] < shares[2] < 1
 
 
+def test_the_head_that_was_trained_is_returned(train, validation):
+    """delta, the weight of L_i, makes one of ridge 1 / delta; one that is given learns itself; and none is made without being asked for."""
+    run = dict(recompute="step", epochs=1, metric="loss")
+    _, made = trained(train, validation, objectives=Objectives(relevance(), importance=0.25), **run)
+    assert made.head.ridge == 4 and made.head.samples > 16 and made.history["train/loss/importance"].iloc[1:].gt(0).all()
+    pair = tiny_pair()
+    head = ImportanceHead(pair.model, ridge=7.0)
+    objectives = Objectives(relevance(), importance=0.25)
+    result = fine_tune(pair, train, validation, TrainingSettings(**SETTINGS | run), objectives=objectives, head=head)
+    assert result.head is head and head.ridge == 7 and head.samples == made.head.samples
+    _, none = trained(train, validation, objectives=Objectives(relevance()), **run)
+    assert none.head is None and "train/loss/importance" not in none.history
+
+
 # --- several objectives -----------------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +534,9 @@ RESUMED = {
     "momentum, bf16": dict(optimizer="sgd", learning_rate=0.02, precision="bf16"),
     "adapters": dict(lora_rank=2, recompute="epoch"),
     "objectives": dict(objectives=TWO, tasks=TASKS, balance="upgrad", metric="click/log_loss"),
+    "head": dict(
+        objectives=Objectives(relevance(), click(), importance=0.5), recompute="forward", weighting=HALF, exact_every=3, metric="loss"
+    ),
     "pcgrad": dict(objectives=Objectives(relevance(), click()), balance="pcgrad", recompute="step", metric="loss"),
 }
 
@@ -543,6 +561,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(run, sixteen, validation,
     pd.testing.assert_frame_equal(resumed.history, result.history, check_exact=True)
     assert (resumed.best, resumed.stopped_early) == (result.best, result.stopped_early) == (result.best, False)
     assert result.history["step"].tolist() == [0, 2, 4, 6, 8]
+    assert (result.head is None) is (resumed.head is None)
+    assert result.head is None or same(result.head.state_dict(), resumed.head.state_dict())
 
 
 def test_patience_is_counted_across_an_interruption(sixteen, validation, tmp_path):
@@ -964,6 +984,10 @@ def test_settings_out_of_range_are_refused(change, message):
         (dict(recompute="step", scores=True), "scores are given, and recompute='step' makes its own; leave one of them out"),
         (dict(balance="upgrad"), "balance='upgrad' combines several objectives; give Objectives as the loss"),
         (dict(balance="sum", recompute="forward", objectives=TWO), "balance='sum' with recompute='forward' is not supported"),
+        (
+            dict(objectives=Objectives(relevance(), importance=1.0), metric="loss"),
+            "an importance head learns from exact norms of each step",
+        ),
         (dict(metric="accuracy"), "metric 'accuracy' is not defined on the validation data; there are ndcg@10, mrr, auc, log_loss"),
         (dict(metric="loss"), "metric 'loss' is not defined on the validation data"),
         (dict(tracking=("tensorboard",)), "tracking with tensorboard writes beside the checkpoints; give fine_tune a folder"),

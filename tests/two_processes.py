@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recsys_importance import selective as selective_module
 from recsys_importance import training
+from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset
 from recsys_importance.objectives import Objectives, click, columns_of, cross_entropy, relevance
@@ -53,6 +54,8 @@ TRAINERS = {  # micro-batches per step, options
     "step": (2, dict(recompute="step", weighting=Weighting(exponent=1, clip=1.5))),
     "forward": (1, dict(recompute="forward", weighting=HALF)),
     "forward, accumulated": (2, dict(recompute="forward", weighting=HALF)),
+    "head": (2, dict(recompute="step", head=True, weighting=Weighting(clip=2))),
+    "forward, head": (1, dict(recompute="forward", head=True, weighting=HALF, exact_every=2)),
     "balanced": (2, dict(recompute="step", balance="upgrad", loss=TWO, tasks=TASKS)),
     "never, balanced": (1, dict(recompute="never", weights=WEIGHTS, balance="sum", loss=TWO, tasks=TASKS)),
 }
@@ -88,7 +91,8 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
     )
     columns = columns_of(frame, loss) if isinstance(loss, Objectives) else {}
     dataset = PairDataset(frame, **columns)
-    options |= {} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64).numpy()}
+    options = options | ({} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64).numpy()})
+    options |= {"head": ImportanceHead(pair.model)} if options.get("head") else {}
     ours = ImportanceTrainer(
         model=pair.model,
         args=arguments,
@@ -100,7 +104,8 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
     )
     ours.train()
     log = [entry for entry in ours.state.log_history if "loss" in entry]
-    return {"end": {name: value.clone() for name, value in pair.model.state_dict().items()}, "log": log}
+    moments = None if ours.head is None else ours.head.moments
+    return {"end": {name: value.clone() for name, value in pair.model.state_dict().items()}, "log": log, "moments": moments}
 
 
 # --- fine_tune --------------------------------------------------------------------------------------------------------------------------
