@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from recsys_importance import trainer as module
 from recsys_importance.balance import BALANCES, balanced_backward
+from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset, pair_logits
 from recsys_importance.objectives import Objectives, click, columns_of, cross_entropy, relevance
@@ -74,8 +75,10 @@ OURS = {
 
 
 def trainer(folder, *, count: int = 22, tasks=("relevance",), dropout: float = 0.0, loss=cross_entropy, frame=None, **changes):
-    """A trainer of a tiny cross-encoder on tiny_frame(count); changes are its own options or Hugging Face's arguments."""
+    """A trainer of a tiny cross-encoder on tiny_frame(count); changes are its own options or Hugging Face's arguments, head=True a new
+    head."""
     pair = tiny_pair("cross_encoder", tasks=tasks, dropout=dropout)
+    changes |= {"head": ImportanceHead(pair.model)} if changes.get("head") else {}
     frame = tiny_frame(count) if frame is None else frame
     columns = columns_of(frame, loss) if isinstance(loss, Objectives) else {}
     ours = ImportanceTrainer(
@@ -237,6 +240,79 @@ def test_a_sample_alone_in_its_step_has_weight_one(tmp_path):
     ours = trainer(tmp_path, count=5, recompute="step")
     ours.train()
     assert ours.seen.weights.tolist() == [1] and ours.seen.losses.shape == (1,)
+
+
+# --- an importance head -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["step", "forward"])
+def test_a_head_learns_and_decides_as_in_a_loop_written_by_hand(mode, tmp_path):
+    """Seven steps of two micro-batches. "forward" is exact in the first three and every third from there, 3 and 6; else the head scores."""
+    weighting = HALF if mode == "forward" else Weighting(clip=2)
+    options = dict(count=26, per_device_train_batch_size=2, gradient_accumulation_steps=2, exact_every=3)
+    ours = trainer(tmp_path, head=True, recompute=mode, weighting=weighting, **options)
+    exact = []
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            exact.append(ours.seen.exact)
+
+    ours.add_callback(Watching())
+    ours.train()
+    pair, dataset, (order,) = tiny_pair("cross_encoder", dropout=0.0), PairDataset(tiny_frame(26)), orders([0], size=26, seed=3).values()
+    model, collate = pair.model, PairCollator(pair)
+    head, lessons = ImportanceHead(model), []
+    for step, start in enumerate(range(0, 26, 4)):
+        rows = [order[start : start + 2], order[start + 2 : start + 4]]
+        batches = [collate([dataset[i] for i in part]) for part in rows if part]
+        if mode == "step" or step < 3 or step % 3 == 0:
+            watched = head.watch(cross_entropy)
+            losses = torch.cat([watched(model, batch) for batch in batches])
+            norms = torch.cat([gradient_norms_by_loop(model, cross_entropy, batch) for batch in batches])
+            weights = weighting(norms)
+            lessons.append(head.learn(norms))
+        else:
+            losses = torch.cat([cross_entropy(model, batch) for batch in batches])
+            weights = torch.cat([weighting(head.scores(model, cross_entropy, batch)) for batch in batches])
+            lessons.append(None)
+        gradients = torch.autograd.grad((weights * losses).mean(), list(model.parameters()), allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                if gradient is not None:
+                    parameter -= 0.1 * gradient
+    assert exact == ([True] * 7 if mode == "step" else [True, True, True, True, False, False, True])
+    torch.testing.assert_close(parameters_of(ours.model), parameters_of(model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.head.moments, head.moments, rtol=1e-3, atol=1e-3)
+    expected = [None if lesson is None else pytest.approx(lesson, rel=5e-3, abs=1e-4) for lesson in lessons]
+    assert [entry.get("loss/importance") for entry in logs_of(ours)] == expected
+
+
+@pytest.mark.parametrize("balance", ["fixed", "upgrad"])
+def test_a_head_that_learns_along_changes_neither_model_nor_log(balance, tmp_path):
+    ends, logs = [], []
+    for number, head in enumerate((None, True)):
+        options = dict(loss=TWO, tasks=TASKS, frame=clicked_frame(), balance=balance, dropout=0.1, gradient_accumulation_steps=2)
+        ours = trainer(tmp_path / str(number), head=head, **options)
+        ours.train()
+        ends.append(parameters_of(ours.model))
+        logs.append([{name: value for name, value in entry.items() if name != "loss/importance"} for entry in logs_of(ours)])
+    assert torch.equal(*ends) and logs[0] == logs[1]
+    assert round(ours.head.samples) > 8 and all("loss/importance" in entry for entry in logs_of(ours))
+
+
+def test_a_head_learns_nothing_from_a_step_that_overflows(tmp_path, fp16_on_a_processor):
+    """Two steps of four samples, the first of which overflows."""
+    ours = trainer(tmp_path, count=8, head=True, recompute="step", fp16=True)
+    ours.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-32)
+    ours.train()
+    assert torch.isfinite(ours.head.moments).all() and ours.head.samples == pytest.approx(4)
+
+
+@pytest.mark.parametrize("mode", ["never", "epoch"])
+def test_a_head_has_nothing_to_learn_without_exact_norms(mode, tmp_path):
+    message = f"an importance head learns from exact norms of each step, which recompute='{mode}' does not have; use recompute='step'"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, head=True, recompute=mode)
 
 
 # --- several objectives -----------------------------------------------------------------------------------------------------------------
