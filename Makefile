@@ -81,8 +81,8 @@ setup: ## set up .venv with the pinned versions (the other targets do it themsel
 study: $(SETUP) ## run a study and say where its report is
 	@$(BIN)/recsys-importance study '$(STUDY)' $(if $(DATA),--data '$(DATA)') $(if $(BACKEND),--set 'backend=$(BACKEND)' --folder 'reports/$(STUDY)_$(BACKEND)') $(if $(CONFIG),--config '$(CONFIG)') $(foreach pair,$(PARAMS),--set '$(pair)')
 
-test: $(SETUP) ## run every test
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(SETUP) ## run every test, on up to 4 cores
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: $(SETUP) ## measure the engine and its peers on this processor (minutes; see benchmarks/README.md)
 	@$(BIN)/python benchmarks/gradient_norms.py --model bert-base --batch 8 --tokens 64 --out benchmarks/results/cpu-bert-base-b8-t64.jsonl $(ARGS)

@@ -13,6 +13,12 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+# Workers share the processor: without this each of them, and each notebook's kernel, would start a thread on every core.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _workers > 1:
+    _threads = str(max(1, (os.cpu_count() or 1) // _workers))
+    os.environ.update(OMP_NUM_THREADS=_threads, TF_NUM_INTRAOP_THREADS=_threads)
+
 # Notebooks and sub-processes run in other folders.
 if os.environ.get("RECSYS_IMPORTANCE_DATA"):
     os.environ["RECSYS_IMPORTANCE_DATA"] = str(Path(os.environ["RECSYS_IMPORTANCE_DATA"]).resolve())

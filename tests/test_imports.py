@@ -35,6 +35,7 @@ EXTRAS = [
     "fastgit",
     "ghapi",
     "pytest",
+    "xdist",
     "hypothesis",
 ]
 
