@@ -658,8 +658,9 @@ def test_half_precision(name, scale):
     assert off(sums, exact.sum(0)) < tolerance
 
 
-def test_a_reversible_table_that_widens_its_logits():
-    with policy("mixed_bfloat16", "float32"):
+@pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
+def test_a_reversible_table_that_widens_its_logits(name):
+    with policy(name, "float32"):
         ids = keras.Input((4,), dtype="int32")
         table = layers.ReversibleEmbedding(6, 3, reverse_dtype="float32")
         model = randomised(keras.Model(ids, table(table(ids), reverse=True)))
