@@ -13,7 +13,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['importance', 'Weighting', 'effective_sample_size']
 
-# %% ../nbs/00_importance.ipynb #ff8ab601
+# %% ../nbs/00_importance.ipynb #55e931ea
 def _float64(scores):
     """(namespace, scores in float64 and cut from any graph, function back to the caller's kind and dtype)."""
     framework = type(scores).__module__.partition(".")[0]
@@ -41,6 +41,8 @@ def _float64(scores):
 
     def restore(x):
         result = back(x)
+        if _symbolic(result):
+            return namespace.where(namespace.isinf(result), result * 0, result)  # NaN, as for every fault
         if _true(namespace.any(namespace.isinf(result))):
             raise ValueError(f"the largest result, {float(namespace.max(x)):.6g}, does not fit {dtype}; pass the scores in float32")
         return result
@@ -121,7 +123,7 @@ def _capped(xp, weights, clip: float):
     # With a share of 1 / clip or more infinite weights, those share everything evenly.
     return xp.where(cap < np.inf, xp.minimum(weights, cap), xp.where(weights < np.inf, one * 0, one))
 
-# %% ../nbs/00_importance.ipynb #99a16746
+# %% ../nbs/00_importance.ipynb #5d567cc9
 @dataclass(frozen=True)
 class Weighting:
     """How scores become training weights.
@@ -171,9 +173,10 @@ class Weighting:
         """`share` of a tensor inside a tf.function, float64; what is out of range counts as its end."""
         import tensorflow as tf
 
-        start, end = self.anneal or (0.0, 0.0)
+        start, end = self.anneal or (0.0, 0.0)  # without annealing all progress is at the end
         progress = tf.cast(progress, tf.float64)
-        return tf.cast(progress >= end, tf.float64) if start == end else tf.clip_by_value((progress - start) / (end - start), 0.0, 1.0)
+        share = tf.cast(progress >= end, tf.float64) if start == end else tf.clip_by_value((progress - start) / (end - start), 0.0, 1.0)
+        return share + 0 * progress  # NaN stays NaN
 
     def __call__(self, scores, *, progress: float = 1.0):
         """Weights of the samples at `progress`, the fraction of training done.

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Affine', 'AttentionModel', 'ImportanceModel', 'MeanPooling', 'Outer', 'Rows', 'SampleAttention', 'SampleGradients',
            'Warmup', 'Whole', 'attention_loss', 'attention_scores', 'encode', 'fine_tune', 'gradient_norms',
-           'gradient_norms_by_tape', 'load_pair_model', 'pair_dataset', 'pair_loss', 'pick_device', 'predict', 'rule',
-           'sample_gradients', 'score_dataset']
+           'gradient_norms_by_tape', 'largest_error', 'load_pair_model', 'pair_dataset', 'pair_loss', 'pick_device',
+           'predict', 'rule', 'sample_gradients', 'score_dataset']
 
-# %% ../../nbs/37_keras.ipynb #e1eba464
+# %% ../../nbs/37_keras.ipynb #264d94ae
 import importlib
 
 _all_ = [
@@ -28,6 +28,7 @@ _all_ = [
     "fine_tune",
     "gradient_norms",
     "gradient_norms_by_tape",
+    "largest_error",
     "load_pair_model",
     "pair_dataset",
     "pair_loss",
@@ -39,7 +40,8 @@ _all_ = [
 ]
 _MODULES = {
     "attention": ("AttentionModel", "SampleAttention", "attention_loss", "attention_scores"),
-    "gradients": ("Outer", "Rows", "SampleGradients", "Whole", "gradient_norms", "gradient_norms_by_tape", "rule", "sample_gradients"),
+    "gradients": ("Outer", "Rows", "SampleGradients", "Whole", "gradient_norms", "gradient_norms_by_tape", "largest_error", "rule")
+    + ("sample_gradients",),
     "models": ("Affine", "MeanPooling", "encode", "load_pair_model", "pair_dataset", "predict"),
     "start": ("pick_device",),
     "training": ("ImportanceModel", "Warmup", "fine_tune", "pair_loss", "score_dataset"),

@@ -17,7 +17,7 @@ from .start import keras, tf
 
 # %% auto #0
 __all__ = ['Term', 'Rule', 'RULES', 'Outer', 'Rows', 'Whole', 'rule', 'chosen_variables', 'SampleGradients', 'sample_gradients',
-           'gradient_norms', 'check_norms', 'gradient_norms_by_tape']
+           'gradient_norms', 'check_norms', 'gradient_norms_by_tape', 'largest_error']
 
 # %% ../../nbs/33_keras_gradients.ipynb #c66c2bd8
 class Outer(NamedTuple):
@@ -273,7 +273,7 @@ def _added(parts: list, dtype):
         return tf.IndexedSlices(tf.cast(part.values, dtype), part.indices, part.dense_shape)
     return tf.cast(tf.add_n([_wide(tf.convert_to_tensor(part)) for part in parts]), dtype)
 
-# %% ../../nbs/33_keras_gradients.ipynb #ce99515a
+# %% ../../nbs/33_keras_gradients.ipynb #ba1f7f93
 @dataclass(frozen=True)
 class _Use:
     """One call of a layer: its positional arguments and what went into its activation."""
@@ -605,3 +605,15 @@ def gradient_norms_by_tape(model, x, y, sample_weight=None, *, loss=None, variab
     norms = tf.stack(norms)
     check_norms(norms)
     return norms
+
+# %% ../../nbs/33_keras_gradients.ipynb #fc69dd19
+def largest_error(model, x, y, *, loss=None, variables: str | Sequence[str] = "*", samples: int = 4) -> float:
+    """Largest relative difference between the engine's norms and those of `gradient_norms_by_tape`, dropout off.
+
+    samples: how many of the batch, the first ones, are compared. In float32 about 1e-5 or less means exact; once, for a model and loss of
+    your own.
+    """
+    few = [keras.tree.map_structure(lambda part: part[:samples], part) for part in (x, y)]
+    together = gradient_norms(model, x, y, loss=loss, variables=variables)[:samples].numpy().astype("float64")
+    alone = gradient_norms_by_tape(model, *few, loss=loss, variables=variables).numpy().astype("float64")
+    return float((abs(together - alone) / alone.clip(1e-300)).max())
