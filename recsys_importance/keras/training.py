@@ -31,7 +31,7 @@ from ..training import FineTuned, TrainingSettings, _check_frames, sample_weight
 # %% auto #0
 __all__ = ['ImportanceModel', 'score_dataset', 'pair_loss', 'Warmup', 'fine_tune']
 
-# %% ../../nbs/36_keras_training.ipynb #6cb4656e
+# %% ../../nbs/36_keras_training.ipynb #5e213b93
 @keras.saving.register_keras_serializable(package="recsys_importance")
 class ImportanceModel(keras.Model):
     """A functional model that trains on weighting(||g_i||): ImportanceModel(inputs, outputs, weighting=Weighting()).
@@ -290,7 +290,7 @@ def _settings_of(loss) -> str:
         return f"{type(loss).__name__} {json.dumps(loss.get_config(), sort_keys=True, default=str)}"
     return str(getattr(loss, "__qualname__", loss))
 
-# %% ../../nbs/36_keras_training.ipynb #4a317367
+# %% ../../nbs/36_keras_training.ipynb #378bfdfc
 def pair_loss(name: str):
     """Keras's loss of that name on logits: "cross_entropy", or "squared_error" of probabilities (article A, section 4.2)."""
     if name == "cross_entropy":
@@ -405,7 +405,7 @@ class _Given(ImportanceModel):
         share = tf.cast(self.weighting.share(tf.identity(self._done)), weight.dtype)
         return keras.Model.train_step(self, (x, y, 1 + share * (weight - 1)))
 
-# %% ../../nbs/36_keras_training.ipynb #85a95acb
+# %% ../../nbs/36_keras_training.ipynb #13629cc8
 _SUPPORTED = {"recompute": ("never", "step"), "balance": ("fixed",), "precision": ("auto", "float32"), "lora_rank": (0,), "tracking": ((),)}
 
 
@@ -427,7 +427,8 @@ def fine_tune(
     such as TensorBoard. jit_compile: XLA, faster steps after some seconds of compiling for each shape of batch. In the history, loss is the
     mean over the epoch so far. Nothing is kept on disk.
     Raises ValueError as that function does, and for settings that only PyTorch has: adapters, half precision (set Keras's dtype policy
-    before loading the model instead), tracking (give a callback), balance, recompute other than "never" and "step", and accumulation with "step". Accumulation runs on from one epoch to the next.
+    before loading the model instead), tracking (give a callback), balance, recompute other than "never" and "step", and accumulation with
+    "step". Accumulation runs on from one epoch to the next.
     Source: article A, sections 3.2 (steps 2 to 4), 4.2 and 5.2.
     """
     settings, weighting = settings or TrainingSettings(), weighting or Weighting()
@@ -440,7 +441,7 @@ def fine_tune(
         raise ValueError(f"scores are given, and recompute={settings.recompute!r} makes its own; leave one of them out")
     if settings.accumulation > 1 and not fixed:
         raise ValueError(
-            f"accumulation={settings.accumulation} with recompute='step' would weight each batch by itself; raise batch_size, or leave one out"
+            f"accumulation={settings.accumulation} with recompute='step' would weight each batch by itself; raise batch_size instead"
         )
     weights = sample_weights(train, scores, weighting)
     steps = -(-len(train) // settings.batch_size)
