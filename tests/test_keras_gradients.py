@@ -168,7 +168,7 @@ def test_a_layer(name):
     agrees(alone(make(), shape), *batch_of(shape), wavy)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda given: given if isinstance(given, str) else type(given).__name__)
 @pytest.mark.parametrize("shape", [(5,), (3, 5)])
 def test_activations(activation, shape):
     agrees(alone(layers.Dense(4, activation=activation), shape), *batch_of(shape), wavy)
