@@ -203,7 +203,7 @@ def _load_head(model, folder: Path) -> None:
         head = load_file(folder / "model.safetensors")
         model.get_layer("classifier").set_weights([head["classifier.weight"].T, head["classifier.bias"]])
 
-# %% ../../nbs/34_keras_models.ipynb #ff32fc2f
+# %% ../../nbs/34_keras_models.ipynb #ef06b1ba
 def encode(pair: PairModel, frame: pd.DataFrame, *, max_length: int = 64) -> dict[str, np.ndarray]:
     """The model's inputs for every row of a frame: name -> (N, T) int32.
 
@@ -237,7 +237,8 @@ def pair_dataset(
 ):
     """A tf.data.Dataset of batches (x, y) or (x, y, weight): x as `encode` makes it, y and weight (B,) float32.
 
-    weights: (N,). shuffle_seed: rows in another order every epoch, the same for the same seed; None keeps the frame's order.
+    weights: (N,). shuffle_seed: rows in another order every epoch, the same for the same seed, and for the same seed of TensorFlow's own
+    where one is set; None keeps the frame's order.
     """
     parts = (encode(pair, frame, max_length=max_length), frame["label"].to_numpy(np.float32))
     if weights is not None:

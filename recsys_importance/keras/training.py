@@ -405,7 +405,7 @@ class _Given(ImportanceModel):
         share = tf.cast(self.weighting.share(tf.identity(self._done)), weight.dtype)
         return keras.Model.train_step(self, (x, y, 1 + share * (weight - 1)))
 
-# %% ../../nbs/36_keras_training.ipynb #13629cc8
+# %% ../../nbs/36_keras_training.ipynb #841636b8
 _SUPPORTED = {"recompute": ("never", "step"), "balance": ("fixed",), "precision": ("auto", "float32"), "lora_rank": (0,), "tracking": ((),)}
 
 
@@ -446,8 +446,8 @@ def fine_tune(
     weights = sample_weights(train, scores, weighting)
     steps = -(-len(train) // settings.batch_size)
     shape = dict(batch_size=settings.batch_size, max_length=settings.max_length)
+    keras.utils.set_random_seed(settings.seed)  # of dropout, and of the order, into which tf.data mixes TensorFlow's own seed
     dataset = pair_dataset(pair, train, weights=weights if fixed else None, shuffle_seed=settings.seed, **shape)
-    keras.utils.set_random_seed(settings.seed)  # dropout
     kind, name = (_Given, "given_weights") if fixed else (ImportanceModel, "importance_model")
     model = kind(pair.model.inputs, pair.model.outputs, weighting=weighting, name=name)
     model.compile(_optimizer(settings, steps * settings.epochs), pair_loss(settings.loss), jit_compile=jit_compile)
