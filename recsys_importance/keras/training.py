@@ -31,7 +31,7 @@ from ..training import FineTuned, TrainingSettings, _check_frames, sample_weight
 # %% auto #0
 __all__ = ['ImportanceModel', 'score_dataset', 'pair_loss', 'Warmup', 'fine_tune']
 
-# %% ../../nbs/36_keras_training.ipynb #5e213b93
+# %% ../../nbs/36_keras_training.ipynb #be088486
 @keras.saving.register_keras_serializable(package="recsys_importance")
 class ImportanceModel(keras.Model):
     """A functional model that trains on weighting(||g_i||): ImportanceModel(inputs, outputs, weighting=Weighting()).
@@ -40,7 +40,8 @@ class ImportanceModel(keras.Model):
     over; the gradient goes to all trainable ones. The layers are those of `inputs` and `outputs`: a plain model of them shares its
     variables, and is what to save. Logs of `fit` besides Keras's: effective_share (effective sample size over batch size) and
     largest_weight, both of the last step; loss is the mean over samples without their weights. A sample_weight given to fit multiplies
-    the sample's loss, and so its norm. Regularizers of variables are added to the gradient unweighted.
+    the sample's loss, and so its norm. Regularizers of variables are added to the gradient unweighted. Rows of a table that a batch reads
+    several times are summed before Adam squares them or the optimiser clips them, as in PyTorch; Keras's own step takes them one by one.
     `fit` raises ValueError for a loss, norm or weight that is not finite, and for what `sample_gradients` refuses.
     Source: article A, section 4.2.
     """
@@ -84,6 +85,7 @@ class ImportanceModel(keras.Model):
                 penalty = tf.add_n([tf.cast(v.regularizer(v), scale.dtype) for _, v in regularized]) * scale / replicas
             for (k, _), g in zip(regularized, tape.gradient(penalty, [v.value for _, v in regularized]), strict=True):
                 gradients[k] = g if gradients[k] is None else tf.convert_to_tensor(gradients[k]) + tf.convert_to_tensor(g)
+        gradients = _summed_rows(gradients, self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(variables)  # its variables cannot be made inside tf.cond
         if self.distribute_strategy.num_replicas_in_sync == 1:
@@ -108,7 +110,7 @@ class ImportanceModel(keras.Model):
         _check_loss(next(iter(values)), "this batch")
         return result
 
-# %% ../../nbs/36_keras_training.ipynb #8e396489
+# %% ../../nbs/36_keras_training.ipynb #8b39ebb0
 def _of_all_replicas(norms):
     """(norms of all replicas in their order, where this replica's are)."""
     context = tf.distribute.get_replica_context()
@@ -118,6 +120,14 @@ def _of_all_replicas(norms):
     here = tf.cast(context.replica_id_in_sync_group, tf.int32)
     start = tf.reduce_sum(counts[:here])
     return context.all_gather(norms, axis=0), slice(start, start + tf.size(norms))
+
+
+def _summed_rows(gradients, optimizer):
+    """The gradients, those of tables as whole tensors unless the optimiser is linear in them."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(optimizer, keras.optimizers.SGD) and not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
+        return gradients
+    return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
 def _if_sound(gradient, sound):
@@ -290,7 +300,7 @@ def _settings_of(loss) -> str:
         return f"{type(loss).__name__} {json.dumps(loss.get_config(), sort_keys=True, default=str)}"
     return str(getattr(loss, "__qualname__", loss))
 
-# %% ../../nbs/36_keras_training.ipynb #378bfdfc
+# %% ../../nbs/36_keras_training.ipynb #d169bbce
 def pair_loss(name: str):
     """Keras's loss of that name on logits: "cross_entropy", or "squared_error" of probabilities (article A, section 4.2)."""
     if name == "cross_entropy":
@@ -333,6 +343,21 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
         return {name: getattr(self, name) for name in ("rate", "steps", "warmup", "schedule", "final_rate", "batches")}
 
 
+class _SummedRows:
+    """An optimiser for which the rows of a table are summed first."""
+
+    def apply(self, grads, trainable_variables=None):
+        super().apply(_summed_rows(grads, self), trainable_variables)
+
+
+class _SGD(_SummedRows, keras.optimizers.SGD):
+    pass
+
+
+class _AdamW(_SummedRows, keras.optimizers.AdamW):
+    pass
+
+
 def _optimizer(settings: TrainingSettings, batches: int):
     """Keras's optimiser with the settings of PyTorch's."""
     steps = max(1, batches // settings.accumulation)
@@ -343,8 +368,8 @@ def _optimizer(settings: TrainingSettings, batches: int):
     if settings.accumulation > 1:
         bound["gradient_accumulation_steps"] = settings.accumulation
     if settings.optimizer == "sgd":
-        return keras.optimizers.SGD(rate, momentum=settings.momentum, **bound)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, epsilon=1e-8, **bound)
+        return _SGD(rate, momentum=settings.momentum, name="sgd", **bound)
+    optimizer = _AdamW(rate, weight_decay=settings.weight_decay, epsilon=1e-8, name="adamw", **bound)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 
