@@ -95,10 +95,13 @@ print(json.dumps({{"still_there": still_there, "names": names, "failures": failu
 
 
 def test_every_module_imports_without_the_extras(tmp_path):
+    """All but the TensorFlow side, whose modules say which extra they need."""
     seen = in_fresh_python(WITHOUT_EXTRAS.format(absent=EXTRAS), folder=tmp_path)
     assert seen["still_there"] == []
     assert {"recsys_importance.importance", "recsys_importance.data.frame"} <= set(seen["names"])
-    assert seen["failures"] == {}
+    of_tensorflow = {name for name in seen["names"] if name.startswith("recsys_importance.keras.")}
+    assert len(of_tensorflow) > 3 and set(seen["failures"]) == of_tensorflow
+    assert all("the extra 'keras': pip install 'recsys_importance[keras]'" in message for message in seen["failures"].values())
 
 
 def test_that_check_notices_a_module_that_is_absent(tmp_path):

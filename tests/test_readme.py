@@ -12,10 +12,10 @@ def blocks(repository, language):
 
 def test_the_import_examples_run_one_after_the_other(repository, tmp_path):
     examples = blocks(repository, "python")
-    assert len(examples) == 3 and all(len(example.splitlines()) <= 14 for example in examples)
+    assert len(examples) == 4 and all(len(example.splitlines()) <= 14 for example in examples)
     check = "assert len(norms) == 16 and all(p.grad is not None for p in model.parameters()) and run.head.samples > 0"
     run = subprocess.run(
-        [sys.executable, "-c", "\n".join([*examples, check])],
+        [sys.executable, "-c", "\n".join([*examples[:3], check, examples[3]])],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -23,11 +23,13 @@ def test_the_import_examples_run_one_after_the_other(repository, tmp_path):
         env=os.environ | {"MPLBACKEND": "Agg"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    quality, names, values = run.stdout.splitlines()
+    quality, names, values, in_keras = run.stdout.splitlines()
     printed = re.fullmatch(r"NDCG@10 on unseen queries: (\d\.\d\d)", quality)
     assert printed and 0 < float(printed[1]) <= 1
     assert sorted(names.split()) == ["train/coefficient/click", "train/coefficient/relevance"]
     assert all(0 <= float(value) <= 2 for value in values.split()[1:])
+    norms = re.fullmatch(r"tf\.Tensor\(\[(.*)\], shape=\(4,\), dtype=float32\)", in_keras)
+    assert norms and all(float(norm) > 0 for norm in norms[1].split())
     assert list(tmp_path.iterdir()) == []
 
 
