@@ -246,3 +246,26 @@ def test_your_own_small_file_is_enough_for_the_main_study(tmp_path):
     assert results["data"]["simulated"] is False and results["data"]["rows"] == 60 and results["data"]["train_pairs"] <= 32
     page = (tmp_path / "report" / "weighted_bert.html").read_text(encoding="utf-8")
     assert "<script" not in page and "<b>cup" not in page and "&lt;script&gt;" in page
+
+
+def test_the_main_study_gives_the_same_report_on_tensorflow(tmp_path):
+    """The same tables and figures; the ranking of the encoder before training, which both read from one folder, to rounding."""
+    settings = ("pairs=16", "noise=0", "test_pairs=36", "warmup_epochs=0", "weightings=[uniform, importance]")
+    found, pages = {}, {}
+    for backend in ("pytorch", "tensorflow"):
+        arguments = [part for setting in (*settings, f"backend={backend}") for part in ("--set", setting)]
+        run = run_weighted_bert(tmp_path / backend, "--data", "shop", *arguments, env=without_data_or_network(tmp_path))
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[backend] = json.loads((tmp_path / backend / "report" / "results.json").read_text())
+        pages[backend] = (tmp_path / backend / "report" / "weighted_bert.html").read_text(encoding="utf-8")
+    ours, theirs = found["tensorflow"], found["pytorch"]
+    assert ours["environment"]["versions"]["tensorflow"] and "tensorflow" not in theirs["environment"]["versions"]
+    assert set(ours) == set(theirs)
+    for part in ("results", "summary", "baselines", "differences", "weight"):
+        assert [list(row) for row in ours[part]] == [list(row) for row in theirs[part]], part
+    assert pages["tensorflow"].count("data:image/png;base64,") == pages["pytorch"].count("data:image/png;base64,") >= 2
+    for row, other in zip(ours["baselines"], theirs["baselines"], strict=True):
+        assert row["ranking"] == other["ranking"] and row["ndcg@10"] == pytest.approx(other["ndcg@10"], rel=1e-6)
+    # the norms before training weigh the same samples alike
+    for row, other in zip(ours["weight"], theirs["weight"], strict=True):
+        assert row["effective"] == pytest.approx(other["effective"], rel=1e-4)
