@@ -13,7 +13,7 @@ import numpy as np
 # %% auto #0
 __all__ = ['importance', 'Weighting', 'effective_sample_size']
 
-# %% ../nbs/00_importance.ipynb #55e931ea
+# %% ../nbs/00_importance.ipynb #ac0611b3
 def _float64(scores):
     """(namespace, scores in float64 and cut from any graph, function back to the caller's kind and dtype)."""
     framework = type(scores).__module__.partition(".")[0]
@@ -43,7 +43,7 @@ def _float64(scores):
         result = back(x)
         if _symbolic(result):
             return namespace.where(namespace.isinf(result), result * 0, result)  # NaN, as for every fault
-        if _true(namespace.any(namespace.isinf(result))):
+        if bool(namespace.any(namespace.isinf(result))):
             raise ValueError(f"the largest result, {float(namespace.max(x)):.6g}, does not fit {dtype}; pass the scores in float32")
         return result
 
@@ -123,7 +123,7 @@ def _capped(xp, weights, clip: float):
     # With a share of 1 / clip or more infinite weights, those share everything evenly.
     return xp.where(cap < np.inf, xp.minimum(weights, cap), xp.where(weights < np.inf, one * 0, one))
 
-# %% ../nbs/00_importance.ipynb #5d567cc9
+# %% ../nbs/00_importance.ipynb #33cd1881
 @dataclass(frozen=True)
 class Weighting:
     """How scores become training weights.
@@ -207,9 +207,8 @@ class Weighting:
             return values >= 0
         if self.threshold_on == "quantile":
             one = xp.ones_like(values)
-            place = xp.floor(
-                self.threshold * xp.sum(one, axis=-1, keepdims=True) + 1e-9
-            )  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
+            count = xp.sum(one, axis=-1, keepdims=True)
+            place = xp.floor(self.threshold * count + 1e-9)  # 0.29 of 100 is 29, though 0.29 * 100 is a little less
             upto = xp.where(xp.cumsum(one, axis=-1) - 1 <= place, xp.sort(values, axis=-1), one * 0)
             return values >= xp.max(upto, axis=-1, keepdims=True)
         values = values / xp.max(values, axis=-1, keepdims=True)

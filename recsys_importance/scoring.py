@@ -62,7 +62,7 @@ def _claim(folder: Path, identity: dict) -> None:
     if different:
         _replace(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1, sort_keys=True)))
 
-# %% ../nbs/22_scoring.ipynb #94c1a774
+# %% ../nbs/22_scoring.ipynb #214c7eed
 _CONTENTS = b"recsys_importance.samples"  # sha256 of the samples that a shard's scores belong to
 
 
@@ -78,16 +78,15 @@ def _fingerprint(value) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _check_contents(path: Path, dataset, rows: range) -> None:
-    """Raise ValueError if a finished shard was made from other samples (changed labels keep their sample_id)."""
-    contents = hashlib.sha256("".join(_fingerprint(dataset[i]) for i in rows).encode()).hexdigest()
+def _check_contents(path: Path, rows: range, contents: str) -> None:
+    """Raise ValueError if a finished shard was made from samples of other contents (changed labels keep their sample_id)."""
     if pq.read_schema(path).metadata.get(_CONTENTS) != contents.encode():
         raise ValueError(
             f"{path.parent} holds scores of another run: samples {rows.start} to {rows.stop - 1} had other contents; "
             "choose another folder or delete this one"
         )
 
-# %% ../nbs/22_scoring.ipynb #675fec5b
+# %% ../nbs/22_scoring.ipynb #53c143f0
 def _batches(dataset, collate: Callable[[list], dict], rows: range, batch_size: int) -> Iterator[tuple[dict, str]]:
     """The batches of these rows, each with the fingerprints of its samples."""
     for start in range(0, len(rows), batch_size):
@@ -133,7 +132,8 @@ def write_scores(
         for shard, start in enumerate(range(0, count, shard_size)):
             path, rows = folder / f"scores-{shard:05d}.parquet", range(start, min(start + shard_size, count))
             if path.exists():
-                _check_contents(path, dataset, rows)
+                contents = hashlib.sha256("".join(_fingerprint(dataset[i]) for i in rows).encode()).hexdigest()
+                _check_contents(path, rows, contents)
                 bar.update(len(rows))
                 continue
             ids, scores, contents = [], [], hashlib.sha256()
@@ -142,12 +142,17 @@ def write_scores(
                 scores.append(score(batch).detach().cpu().numpy())
                 contents.update(fingerprints.encode())
                 bar.update(len(scores[-1]))
-            frame = pd.DataFrame({"sample_id": pd.Series(ids, dtype="str"), "score": np.concatenate(scores)})
-            _check_shard(frame)
-            table = pa.Table.from_pandas(frame, preserve_index=False)
-            table = table.replace_schema_metadata(table.schema.metadata | {_CONTENTS: contents.hexdigest().encode()})
-            _replace(path, lambda temporary, table=table: pq.write_table(table, temporary))
+            _write_shard(path, ids, np.concatenate(scores), contents.hexdigest())
     return read_scores(folder)
+
+
+def _write_shard(path: Path, ids: Sequence[str], scores: np.ndarray, contents: str) -> None:
+    """The shard of these samples, with the sha256 of their contents; ValueError as `_check_shard`."""
+    frame = pd.DataFrame({"sample_id": pd.Series(ids, dtype="str"), "score": scores})
+    _check_shard(frame)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(table.schema.metadata | {_CONTENTS: contents.encode()})
+    _replace(path, lambda temporary: pq.write_table(table, temporary))
 
 
 def _check_shard(frame: pd.DataFrame) -> None:

@@ -118,7 +118,7 @@ def _affine(layer, arguments, e):
     x, e = (tf.cast(tf.reshape(part, (tf.shape(e)[0], -1)), wide) for part in (arguments[0], e))
     return {"scale": Whole(tf.reduce_sum(x * e, 1)), "bias": Whole(tf.reduce_sum(e, 1))}
 
-# %% ../../nbs/34_keras_models.ipynb #00a189d0
+# %% ../../nbs/34_keras_models.ipynb #a652e716
 _INPUTS = {"token_ids": "input_ids", "segment_ids": "token_type_ids", "padding_mask": "attention_mask"}  # Keras's names and Hugging Face's
 
 
@@ -126,7 +126,7 @@ def _inputs(prefix: str = "") -> dict:
     return {f"{prefix}{name}": keras.Input((None,), dtype="int32", name=f"{prefix}{name}") for name in _INPUTS}
 
 
-def _two_tower(backbone, tasks: tuple, start: dict):
+def _two_tower(backbone, tasks: tuple):
     """Logits (B, 1), or (B, K) for K tasks, of two texts that the encoder reads alone."""
     inputs, pooled, pool = {}, [], MeanPooling(name="mean_pooling")
     encoder = keras.Model(backbone.input, backbone.output["sequence_output"], name="encoder")  # without the pooler, which nothing reads
@@ -136,7 +136,7 @@ def _two_tower(backbone, tasks: tuple, start: dict):
         pooled.append(pool(states, own[f"{side}padding_mask"]))
         inputs |= own
     if len(tasks) == 1:
-        logits = Affine(**start, name="logit")(keras.layers.Dot(axes=1)(pooled))
+        logits = Affine(name="logit")(keras.layers.Dot(axes=1)(pooled))
     else:
         constant = {name: keras.initializers.Constant(value) for name, value in (("kernel_initializer", 10.0), ("bias_initializer", -4.0))}
         logits = keras.layers.Dense(len(tasks), name="logit", **constant)(keras.layers.Multiply()(pooled))
@@ -150,7 +150,7 @@ def _cross_encoder(backbone, tasks: tuple, dropout: float, seed: int):
     start = keras.initializers.RandomNormal(stddev=0.02, seed=seed)  # as Hugging Face starts a head
     return keras.Model(inputs, keras.layers.Dense(len(tasks), kernel_initializer=start, name="classifier")(pooled), name="cross_encoder")
 
-# %% ../../nbs/34_keras_models.ipynb #1bb72019
+# %% ../../nbs/34_keras_models.ipynb #4f80ca3f
 def load_pair_model(
     encoder: str | Path = "minilm",
     *,
@@ -181,10 +181,9 @@ def load_pair_model(
     with _quiet_loading():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     backbone, rate = _backbone(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")), dropout)
-    start = {}
-    model = _two_tower(backbone, tasks, start) if architecture == "two_tower" else _cross_encoder(backbone, tasks, rate, seed)
+    model = _two_tower(backbone, tasks) if architecture == "two_tower" else _cross_encoder(backbone, tasks, rate, seed)
     model.tasks = tuple(tasks)
-    model.jit_compile = False  # for predict: XLA would take longer to compile a forward pass than a few thousand pairs take to run
+    model.jit_compile = False  # for predict: XLA would compile a forward pass anew for every length
     if saved:
         _load_head(model, folder)
     return PairModel(model, tokenizer)
