@@ -60,7 +60,7 @@ def certify(model, loss, batch, *, weighting=ARTICLE, parameters="*", by_sample=
         dtype, kernels, bound = ENGINES[name]
         own, given = copy.deepcopy(model).to(dtype), in_dtype(batch, dtype)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gradients, "KERNELS", kernels)
+            patch.setattr(gradients.kernels, "KERNELS", kernels)
             found = gradient_norms(own, loss, given, parameters=parameters, by_sample=by_sample)
             assert gradient_of(own) == {}
             step = weighted_backward(own, loss, given, weighting, parameters=parameters, by_sample=by_sample)

@@ -718,7 +718,7 @@ def test_mistakes_that_torch_words_badly_are_said_plainly():
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypatch):
-    monkeypatch.setattr(gradients, "KERNELS", kernels)
+    monkeypatch.setattr(gradients.kernels, "KERNELS", kernels)
     model = Through(lambda m, x: m.head(Costly.apply(m.body(m.table(x)))), table=table(), body=linear(), head=linear())
     Costly.passes = 0
     gradient_norms(model, total, words(), parameters="head.*")
@@ -729,7 +729,7 @@ def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypa
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_hooks_of_others_that_change_inputs_outputs_and_gradients_count(kernels, monkeypatch):
-    monkeypatch.setattr(gradients, "KERNELS", kernels)
+    monkeypatch.setattr(gradients.kernels, "KERNELS", kernels)
     model, batch = perceptron(), points()
     model[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
     model[0].register_forward_hook(lambda module, inputs, output: output * 3)
