@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -393,16 +394,27 @@ def pair_logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 # %% ../nbs/10_models.ipynb #22ebbd60
+_MODES: dict[torch.nn.Module, tuple[int, dict]] = {}  # models in use: how many times, and their modules' own modes
+_MODES_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
-    """The model in eval mode (dropout off), each module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """The model in eval mode (dropout off), each module's own mode restored afterwards: by the last of several threads that are inside."""
+    with _MODES_LOCK:
+        users, modes = _MODES.get(model, (0, {module: module.training for module in model.modules()}))
+        _MODES[model] = (users + 1, modes)
+        model.eval()
     try:
         yield model
     finally:
-        for module, training in modes.items():
-            module.training = training
+        with _MODES_LOCK:
+            users, modes = _MODES.pop(model)
+            if users > 1:
+                _MODES[model] = (users - 1, modes)
+            else:
+                for module, training in modes.items():
+                    module.training = training
 
 
 def predict(pair: PairModel, frame: pd.DataFrame, *, batch_size: int = 64, max_length: int = 64, progress: bool = False) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -19,7 +20,7 @@ Loss = Callable[[torch.nn.Module, dict], torch.Tensor]
 
 # %% auto #0
 __all__ = ['Loss', 'chosen_parameters', 'batch_size_of', 'one_sample', 'in_dtype', 'check_norms', 'gradient_norms_by_loop',
-           'WeightedBackward', 'weighted_backward_by_loop']
+           'WeightedBackward', 'weights_of', 'weighted_backward_by_loop']
 
 # %% ../nbs/20_reference.ipynb #fbd18a6a
 def chosen_parameters(model: torch.nn.Module, patterns: str | Sequence[str] = "*") -> dict[str, torch.nn.Parameter]:
@@ -123,13 +124,22 @@ class WeightedBackward(NamedTuple):
     weights: torch.Tensor
 
 
+def weights_of(norms: torch.Tensor, weighting: Weighting, *, progress: float = 1.0) -> torch.Tensor:
+    """The weighting's weights, (N,); zeros, and a warning, where all norms are zero: such a step has nothing left to learn."""
+    if norms.any():
+        return weighting(norms, progress=progress)
+    warnings.warn(f"all {len(norms)} gradient norms of a step are zero: it trains nothing", stacklevel=3)
+    return torch.zeros_like(norms)
+
+
 def weighted_backward_by_loop(
     model: torch.nn.Module, loss: Loss, batch: dict, weighting: Weighting, *, parameters: str | Sequence[str] = "*", progress: float = 1.0
 ) -> WeightedBackward:
     """Add the gradient of mean_i(w_i l_i), with w = weighting(||g_i||), to the .grad of every trainable parameter.
 
     parameters: which ones the norms are taken over; the gradient goes to all trainable ones. progress: fraction of training done,
-    for annealing. Weights are constants: nothing differentiates through them. Raises ValueError as `gradient_norms_by_loop` and `Weighting`
+    for annealing. Weights are constants: nothing differentiates through them. Where all norms are zero, so are the weights.
+    Raises ValueError as `gradient_norms_by_loop` and `Weighting`
     do, before .grad is touched.
     Source: article A, section 4.2.
     """
@@ -146,7 +156,9 @@ def weighted_backward_by_loop(
             norms.append(_one_norm(value, counted))
         norms = torch.stack(norms)
         check_norms(norms, batch)
-        weights = weighting(norms, progress=progress)
+        weights = weights_of(norms, weighting, progress=progress)
+        if not norms.any():
+            return WeightedBackward(torch.stack(losses), norms, weights)
         trainable = [p for p in model.parameters() if p.requires_grad]
         totals = {}  # in float32 or better, and only of parameters that a loss reaches
         for i, weight in enumerate(weights.tolist()):

@@ -36,7 +36,7 @@ def test_dropout_is_the_same_in_the_norm_and_in_the_gradient():
     torch.manual_seed(0)
     model = Remembering().train()
     batch = {"x": torch.randn(5, 16), "y": torch.randn(5)}
-    step = weighted_backward(model, residual, batch, Weighting())
+    step = weighted_backward(model, residual, batch, Weighting(), check=False)
     (masks,) = model.masks  # one forward pass
     assert len({tuple(mask.tolist()) for mask in masks}) == 5
     x = batch["x"] * masks
@@ -721,9 +721,9 @@ def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypa
     monkeypatch.setattr(gradients.kernels, "KERNELS", kernels)
     model = Through(lambda m, x: m.head(Costly.apply(m.body(m.table(x)))), table=table(), body=linear(), head=linear())
     Costly.passes = 0
-    gradient_norms(model, total, words(), parameters="head.*")
+    gradient_norms(model, total, words(), parameters="head.*", check=False)
     assert Costly.passes == 0
-    gradient_norms(model, total, words(), parameters="table.*")
+    gradient_norms(model, total, words(), parameters="table.*", check=False)
     assert Costly.passes == 1
 
 
@@ -744,7 +744,7 @@ def test_hooks_of_others_stay_and_the_engine_s_go():
     model, batch = perceptron(), points()
     seen = []
     model[0].register_forward_hook(lambda *given: seen.append(len(given)))
-    weighted_backward(model, residual, batch, Weighting())
+    weighted_backward(model, residual, batch, Weighting(), check=False)
     assert seen == [3] and len(model[0]._forward_hooks) == 1
     assert not any(module._forward_hooks for module in list(model)[1:])
 

@@ -18,6 +18,10 @@ __all__ = []
 def _ranks(model):
     """The process group of a DistributedDataParallel model and the module inside it; (None, model) for any other."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        if model._comm_hooks:
+            raise ValueError(
+                "the model's DistributedDataParallel has a communication hook, which weighted gradients do not go through; remove it"
+            )
         return model.process_group, model.module
     return None, model
 

@@ -37,6 +37,8 @@ def rule(kind: type[torch.nn.Module] | str) -> Callable[[Rule], Rule]:
 
 
 def _rule_for(module: torch.nn.Module) -> Rule | None:
+    if "forward" in vars(module):  # patched on this one module
+        return None
     for kind in type(module).__mro__:
         found = RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None and type(module).forward is kind.forward:

@@ -5,14 +5,15 @@
 # %% ../../nbs/library/gradients/samples.ipynb #71a43ac4
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from .tape import _Tape
+from .certificate import _certify, _record
+from .tape import _State, _Tape
+from .taps import _GradientInLoss
 from .terms import _weighted_sum
 from recsys_importance.reference import (
     Loss,
@@ -25,7 +26,7 @@ from recsys_importance.reference import (
 )
 
 # %% auto #0
-__all__ = ['SampleGradients', 'sample_gradients', 'gradient_norms', 'largest_error']
+__all__ = ['SampleGradients', 'has_hooks', 'sample_gradients', 'gradient_norms', 'largest_error']
 
 # %% ../../nbs/library/gradients/samples.ipynb #ef6e4b59
 class SampleGradients:
@@ -43,12 +44,26 @@ class SampleGradients:
             raise ValueError("the gradients of this batch were already added and let go; run sample_gradients again")
         tape, self._tape = self._tape, None
         for parameter in list(tape.terms):
-            for term in tape.terms.pop(parameter):
-                total = _weighted_sum(term, weights.to(term[0].device), parameter)
-                if parameter.grad is None:
-                    parameter.grad = total.to(parameter.dtype)
-                else:
-                    parameter.grad.add_(total)
+            parts = [_weighted_sum(term, weights.to(term[0].device), parameter) for term in tape.terms.pop(parameter)]
+            total = parts[0]
+            for part in parts[1:]:
+                total = total.add_(part)
+            _accumulate(parameter, total)
+
+
+def _accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    """Add to .grad as autograd does, hooks on the parameter included."""
+    if has_hooks(parameter):
+        torch.autograd.backward([parameter], [gradient.to(parameter.dtype)])
+    elif parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)
+
+
+def has_hooks(parameter: torch.nn.Parameter) -> bool:
+    """Whether something is to happen with the parameter's gradient: register_hook, register_post_accumulate_grad_hook."""
+    return bool(parameter._backward_hooks) or bool(parameter._post_accumulate_grad_hooks)
 
 # %% ../../nbs/library/gradients/samples.ipynb #2a444445
 def sample_gradients(
@@ -59,39 +74,67 @@ def sample_gradients(
     parameters: str | Sequence[str] = "*",
     by_sample: str | Sequence[str] = (),
     loss_scale: float = 1.0,
+    check: bool | None = None,
 ) -> SampleGradients:
     """One forward and one backward pass after which every sample's own gradient is at hand: its norm, and any weighted sum.
 
-    See `weighted_backward` for model, loss, batch, parameters and by_sample. loss_scale: what losses are multiplied by against
+    See `weighted_backward` for model, loss, batch, parameters, by_sample and check. loss_scale: what losses are multiplied by against
     underflow in fp16; norms are without it, the sum that `add` leaves in .grad is with it.
     """
     counted = set(chosen_parameters(model, parameters).values())
-    return _sample_gradients(model, loss, batch, counted, {p for p in model.parameters() if p.requires_grad}, by_sample, loss_scale)
+    kept = {p for p in model.parameters() if p.requires_grad}
+    return _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale, check)
 
 
-def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale) -> SampleGradients:
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "a compiled model hides its modules; pass model._orig_mod, which shares its parameters (the engine runs it uncompiled)"
-        )
+def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale, check=None) -> SampleGradients:
+    _refuse_wrapped(model)
     if torch.is_inference_mode_enabled():
         raise ValueError("torch.inference_mode() records nothing to go backward through; call this outside it")
     if not batch_size_of(batch):
         raise ValueError("the batch is empty: every column has 0 entries")
     patterns = [by_sample] if isinstance(by_sample, str) else list(by_sample)
     tape_of = partial(_Tape, model, batch_size_of(batch), counted, kept, patterns)
-    noise = _noise(model)
-    tape, losses = _run(tape_of(wide=False), loss, batch, loss_scale)
+    record = _record(model, loss, len(counted), len(kept), tuple(patterns)) if check is None else None
+    state = _State(model)
+    tape, losses = _run(tape_of, loss, batch, loss_scale, state, lambda tape: tape.keep_all(check if record is None else record.due(tape)))
     if tape.squares is None:
         raise ValueError("the loss does not depend on any of the chosen parameters; choose others by name pattern")
-    if _leaves_float32(tape):  # squares too small or too large: once more, norms in float64
-        with _same_noise(noise):
-            tape, losses = _run(tape_of(wide=True), loss, batch, loss_scale)
+    if _leaves_float32(tape):  # squares too small or too large, or lost to cancellation: once more, norms in float64
+        with state.again():
+            tape, losses = _run(
+                partial(tape_of, wide=True), loss, batch, loss_scale, state, lambda again, due=tape.due: again.keep_all(due)
+            )
+    if tape.due:
+        _certify(tape, loss, batch, losses, loss_scale, state)
+        tape.forget(kept)
     dtype = torch.promote_types(losses.dtype, torch.float32)
     return SampleGradients(tape, losses, (tape.squares.sqrt() / loss_scale).to(dtype))
 
 
-def _run(tape: _Tape, loss, batch, loss_scale: float):
+def _refuse_wrapped(model) -> None:
+    """Raise ValueError for a model whose modules or weights are hidden or cut into pieces."""
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "a compiled model hides its modules; pass model._orig_mod, which shares its parameters (the engine runs it uncompiled)"
+        )
+    cut = next((name for name, p in model.named_parameters() if type(p).__name__ in ("DTensor", "FlatParameter")), None)
+    kinds = {type(module).__name__ for module in model.modules()} & {"DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+    if kinds or cut is not None:
+        what = (
+            f"the model is wrapped in {kinds.pop()}" if kinds else f"parameter {cut!r} is sharded over processes (FSDP, tensor parallelism)"
+        )
+        raise ValueError(f"{what}, which does not keep samples or weights together; use DistributedDataParallel, one process per device")
+
+
+def _run(tape_of: Callable[..., _Tape], loss, batch, loss_scale: float, state: _State, seen) -> tuple[_Tape, torch.Tensor]:
+    try:
+        return _pass(tape_of(), loss, batch, loss_scale, seen)
+    except _GradientInLoss:
+        state.restore()
+        return _pass(tape_of(may_hide=False), loss, batch, loss_scale, seen)
+
+
+def _pass(tape: _Tape, loss, batch, loss_scale: float, seen) -> tuple[_Tape, torch.Tensor]:
     tape.columns = [x for x in batch.values() if torch.is_tensor(x) and x.ndim]
     with tape.recording(), torch.enable_grad():
         try:
@@ -102,6 +145,11 @@ def _run(tape: _Tape, loss, batch, loss_scale: float):
                     "the output of a module is changed in place, which would change what its gradient is taken at; "
                     "use an activation with inplace=False, or x = x * 2 in place of x.mul_(2)"
                 ) from error
+            if tape.shared:
+                raise ValueError(
+                    f"the model fails once {tape.shared[-1]}, whose one output serves all {tape.count} samples, gives one for each: "
+                    f"{error}. Put the module around it into by_sample, or use recsys_importance.reference"
+                ) from error
             raise
         if not torch.is_tensor(losses) or losses.shape != (tape.count,):
             shape = tuple(losses.shape) if torch.is_tensor(losses) else type(losses).__name__
@@ -109,33 +157,19 @@ def _run(tape: _Tape, loss, batch, loss_scale: float):
                 f"the loss of a batch of {tape.count} has shape {shape}, expected ({tape.count},): a loss returns one value per sample, "
                 "not their mean"
             )
-        tape.backward(losses, torch.full_like(losses, loss_scale))
+        tape.backward(losses, torch.full_like(losses, loss_scale), seen)
     return tape, losses.detach()
 
 
 def _leaves_float32(tape: _Tape) -> bool:
-    """Whether a norm's square is out of float32's middle range, though the gradient that came from the loss is neither 0 nor infinite."""
+    """Whether a norm's square is out of float32's middle range, though the gradient that came from the loss is neither 0 nor infinite;
+    or is what cancellation left, where that was not mended at once."""
     norms = tape.squares.sqrt()
     if norms.dtype == torch.float64 or norms.device.type == "mps":
         return False
     outside = ~((norms > 1e-14) & (norms < 1e16))
-    return bool((outside & torch.isfinite(tape.first) & (tape.first > 0)).any())
-
-
-def _noise(model) -> tuple:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
-
-
-@contextlib.contextmanager
-def _same_noise(noise: tuple):
-    """Random numbers as they were when `noise` was taken; afterwards they go on as if nothing had happened."""
-    cpu, cuda = noise
-    with torch.random.fork_rng(devices=[device.index for device in cuda]):
-        torch.set_rng_state(cpu)
-        for device, state in cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        yield
+    lost = (outside & torch.isfinite(tape.first) & (tape.first > 0)) | (tape.cancelled.bool() & torch.isfinite(norms))
+    return bool(lost.any())
 
 # %% ../../nbs/library/gradients/samples.ipynb #c603f6ba
 def gradient_norms(
@@ -146,6 +180,7 @@ def gradient_norms(
     parameters: str | Sequence[str] = "*",
     dtype: torch.dtype | None = None,
     by_sample: str | Sequence[str] = (),
+    check: bool | None = None,
 ) -> torch.Tensor:
     """Exact L2 norm of each sample's own gradient in one forward and one backward pass: (B,) float32, or float64 for such a model.
 
@@ -156,7 +191,7 @@ def gradient_norms(
     if dtype is not None:
         model, batch = copy.deepcopy(model).to(dtype), in_dtype(batch, dtype)
     counted = set(chosen_parameters(model, parameters).values())
-    norms = _sample_gradients(model, loss, batch, counted, set(), by_sample, 1.0).norms
+    norms = _sample_gradients(model, loss, batch, counted, set(), by_sample, 1.0, check).norms
     check_norms(norms, batch)
     return norms
 
@@ -176,6 +211,6 @@ def largest_error(
     another or that a rule is wrong. samples: how many of the batch, the first ones, are compared; a copy of the model is made.
     """
     exact, batch = copy.deepcopy(model).double().eval(), in_dtype(batch, torch.float64)
-    norms = gradient_norms(exact, loss, batch, parameters=parameters, by_sample=by_sample)[:samples]
+    norms = gradient_norms(exact, loss, batch, parameters=parameters, by_sample=by_sample, check=False)[:samples]
     alone = torch.cat([gradient_norms_by_loop(exact, loss, one_sample(batch, i), parameters=parameters) for i in range(len(norms))])
     return float(((norms - alone).abs() / alone.clamp_min(1e-300)).max())

@@ -13,9 +13,10 @@ import torch
 from torch import distributed
 
 from .ranks import _gathered, _ranks, _set_aside
-from .samples import SampleGradients, _noise, _same_noise, _sample_gradients
+from .samples import SampleGradients, _refuse_wrapped, _sample_gradients, has_hooks
+from .tape import _noise, _same_noise
 from ..importance import Weighting
-from ..reference import Loss, WeightedBackward, check_norms, chosen_parameters
+from ..reference import Loss, WeightedBackward, check_norms, chosen_parameters, weights_of
 
 # %% auto #0
 __all__ = ['weighted_backward']
@@ -31,6 +32,7 @@ def weighted_backward(
     progress: float = 1.0,
     by_sample: str | Sequence[str] = (),
     scaler: torch.amp.GradScaler | None = None,
+    check: bool | None = None,
 ) -> WeightedBackward:
     """Add the gradient of mean_i(w_i l_i), with w = weighting(||g_i||), to the .grad of every trainable parameter that the losses reach.
 
@@ -40,17 +42,18 @@ def weighted_backward(
     parameters: name patterns of those the norms are taken over; the gradient goes to all trainable ones. progress: fraction of training
     done, for annealing. by_sample: name patterns of modules without a rule, whose gradients are formed sample by sample. scaler: of fp16
     training; the gradient is left scaled for scaler.step, and an overflow gives infinite gradients, which it skips.
-    Weights are constants: nothing differentiates through them. Inputs and output gradients of all layers are held until the weights are
-    known, about what a plain step holds after its forward pass; gradient checkpointing does not lower that (it does for norms alone).
-    One forward and one backward pass per micro-batch; two forward passes
-    where a threshold, clip or annealing needs all norms before the first weight.
-    Raises ValueError if the loss is not per sample, no parameter matches, a module has no rule, a norm is not finite, or as `Weighting`.
+    check: whether this call is compared with a plain backward pass of the same batch; None: the first one with a model and loss, one whose
+    tensors look new, and then the 10th, 100th, 1,000th …
+    Where all norms are zero, all weights are, nothing is added to .grad, and a warning says so. Hooks on parameters run as in a plain
+    backward pass, once for the weighted gradient. Weights are constants: nothing differentiates through them. Inputs and output gradients
+    of all layers are held until the weights are known, about what a plain step holds after its forward pass; gradient checkpointing does
+    not lower that (it does for norms alone). One forward and one backward pass per micro-batch; two forward passes where a threshold, clip
+    or annealing needs all norms before the first weight.
+    Raises ValueError if the loss is not per sample, no parameter matches, a module has no rule, a norm is not finite, the gradient is not
+    autograd's, or as `Weighting`.
     Source: article A, section 4.2; weights before gradients: Lee and Kifer (2020), Li et al. (ICLR 2022), Bu et al. (ICML 2023).
     """
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(
-            "a compiled model hides its modules; pass model._orig_mod, which shares its parameters (the engine runs it uncompiled)"
-        )
+    _refuse_wrapped(model)
     ranks, model = _ranks(model)
     batches = [batch] if isinstance(batch, Mapping) else list(batch)
     if not batches:
@@ -62,13 +65,17 @@ def weighted_backward(
         scale = scaler.get_scale()
     counted = set(chosen_parameters(model, parameters).values())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    step = _Step(model, loss, counted, trainable, by_sample, partial(weighting, progress=progress), ranks, scaler is not None, scale)
+    weigh = partial(weights_of, weighting=weighting, progress=progress)
+    step = _Step(model, loss, counted, trainable, by_sample, weigh, ranks, scaler is not None, scale, check)
+    hooked = any(map(has_hooks, trainable))
+    if hooked and ranks is not None:
+        raise ValueError("parameters have gradient hooks, which would see gradients that are not yet summed over the ranks; remove them")
     if len(batches) == 1 and ranks is None:
         return step.of_one(batches[0])
     with _set_aside(trainable, ranks):
         if len(batches) == 1:
             return step.of_one(batches[0])
-        return step.one_pass(batches) if _keeps_ratios(weighting, progress) else step.two_passes(batches)
+        return step.one_pass(batches) if _keeps_ratios(weighting, progress) and not hooked else step.two_passes(batches)
 
 
 def _keeps_ratios(weighting: Weighting, progress: float) -> bool:
@@ -90,12 +97,13 @@ class _Step:
     ranks: object
     may_overflow: bool
     scale: float
+    check: bool | None
 
     def gradients(self, batch: dict, kept: list) -> SampleGradients:
         """The batch's gradients; if any rank fails, all raise, so that none waits for another."""
         found = failure = None
         try:
-            found = _sample_gradients(self.model, self.loss, batch, self.counted, set(kept), self.by_sample, self.scale)
+            found = _sample_gradients(self.model, self.loss, batch, self.counted, set(kept), self.by_sample, self.scale, self.check)
             if self.may_overflow:  # a loss scale can mend gradients, not losses
                 check_norms(found.losses, batch)
         except Exception as error:
@@ -123,7 +131,8 @@ class _Step:
         found = self.gradients(batch, self.trainable)
         norms, own = self.everyones(found.norms, batch)
         weights = self.weighting(norms)[own]
-        found.add(weights / len(norms))
+        if norms.any():
+            found.add(weights / len(norms))
         return WeightedBackward(found.losses, found.norms, weights)
 
     def one_pass(self, batches: list[dict]) -> WeightedBackward:
@@ -143,7 +152,9 @@ class _Step:
             del found
         weights, result = self.weights_of(seen)
         for parameter in self.trainable:
-            if parameter.grad is not None:
+            if fixed is None:
+                parameter.grad = None
+            elif parameter.grad is not None:
                 parameter.grad.mul_(float(weights.sum()) / relative / len(weights))
         return result
 
@@ -155,6 +166,8 @@ class _Step:
             found = self.gradients(batch, [])
             seen.append((found.losses, found.norms, *self.everyones(found.norms, batch)))
         weights, result = self.weights_of(seen)
+        if not weights.any():
+            return result
         for batch, noise, own in zip(batches, noises, result.weights.split([len(losses) for losses, *_ in seen]), strict=True):
             with _same_noise(noise), torch.enable_grad():
                 (own / len(weights) * self.scale * self.loss(self.model, batch)).sum().backward()

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from .kernels import _mkl_is_slow
 from .rules import _conv1d, _linear, _rule_for
 from .taps import _LinearTap, _Site, _Tap
-from .terms import Term, _Grams, _inner
+from .terms import Term, _Grams, _squares
 
 # %% auto #0
 __all__ = []
@@ -24,18 +25,26 @@ __all__ = []
 class _Tape:
     """What one forward and backward pass leaves behind: per-sample squared norms, and the terms of the gradients that are wanted."""
 
-    def __init__(self, model, count: int, counted: set, kept: set, by_sample: Sequence[str], wide: bool):
-        self.model, self.count, self.counted, self.kept, self.wide = model, count, counted, kept, wide
+    def __init__(self, model, count: int, counted: set, kept: set, by_sample: Sequence[str], *, wide: bool = False, may_hide: bool = True):
+        self.model, self.count, self.counted, self.kept, self.wide, self.may_hide = model, count, counted, kept, wide, may_hide
         self.terms, self.pending = defaultdict(list), defaultdict(int)
-        self.squares = self.first = self.cast = None
-        self.columns = []  # the batch's tensors
+        self.squares = self.first = self.cast = self.cancelled = self.scales = None
+        self.look, self.moves, self.due = [], False, False  # how the modules' tensors look; whether samples may change places on the way
+        self.thread = threading.get_ident()
+        self.columns, self.shared = [], []  # the batch's tensors; modules whose one output got a row for each sample
         self.in_backward = self.paused = False
         self.grams = _Grams()
         self.anchor = torch.zeros((), requires_grad=True)
+        self.by_sample = by_sample
         self.sites = list(_sites(self, by_sample))
+
+    def is_here(self) -> bool:
+        """Whether the call at hand is this tape's: of its own thread, or of its backward pass, which may run in another."""
+        return threading.get_ident() == self.thread or (self.in_backward and torch._C._current_graph_task_id() != -1)
 
     @contextlib.contextmanager
     def recording(self):
+        _refuse_global_hooks()
         handles = []
         try:
             for site in self.sites:
@@ -50,7 +59,11 @@ class _Tape:
 
     def _cast(self, module, args):
         """Under autocast: one low-precision copy of an input that several modules share, kept instead of the float32 one."""
-        if not (args and torch.is_tensor(args[0]) and torch.is_autocast_enabled(args[0].device.type)) or args[0].dtype == torch.float64:
+        if (
+            not self.is_here()
+            or not (args and torch.is_tensor(args[0]) and torch.is_autocast_enabled(args[0].device.type))
+            or args[0].dtype == torch.float64
+        ):
             return None
         x, dtype = args[0], torch.get_autocast_dtype(args[0].device.type)
         if x.dtype == dtype:
@@ -59,12 +72,14 @@ class _Tape:
             self.cast = (x, x.to(dtype))
         return (self.cast[1], *args[1:])
 
-    def backward(self, losses: torch.Tensor, scale: torch.Tensor) -> None:
-        """Run the backward pass of sum_i scale_i l_i through the activations only."""
+    def backward(self, losses: torch.Tensor, scale: torch.Tensor, seen: Callable[[_Tape], None] = lambda tape: None) -> None:
+        """Run the backward pass of sum_i scale_i l_i through the activations only; `seen` is called between forward and backward pass."""
         self.in_backward = True
         if losses.grad_fn is None:
             return
-        _check_uses(losses.grad_fn, {id(p): name for name, p in self.model.named_parameters() if p in self.counted | self.kept})
+        names = {id(p): name for name, p in self.model.named_parameters() if p in self.counted | self.kept}
+        self.moves = _check_uses(losses.grad_fn, names, self.count)
+        seen(self)
         torch.autograd.grad(losses, self.anchor, scale, allow_unused=True)
         self.cast, self.grams = None, _Grams()
         for parameter in [p for p in self.terms if self.pending[p]]:  # some of its modules do not reach the loss
@@ -80,15 +95,26 @@ class _Tape:
         if self.pending[parameter] == 0:
             self._settle(parameter)
 
+    def keep_all(self, due: bool) -> None:
+        """If this pass is due to be checked, keep the terms of all parameters for that."""
+        self.due = bool(due)
+        if self.due:
+            self.kept = self.kept | self.counted
+
+    def forget(self, kept: set) -> None:
+        """Let go of the terms of all parameters but these."""
+        self.kept = kept
+        for parameter in [p for p in self.terms if p not in kept]:
+            del self.terms[parameter]
+
     def _settle(self, parameter) -> None:
         """All terms of the parameter are there: add its squared norm, and forget what is not wanted any more."""
         terms = self.terms.get(parameter, ())
         if parameter in self.counted:
-            wide = [_widened(term) for term in terms] if self.wide else terms
-            for k, a in enumerate(wide):
-                for b in wide[k:]:
-                    square = _inner(a, b, parameter.shape, self.grams) * (1 if a is b else 2)
-                    self.squares = square if self.squares is None else self.squares + square.to(self.squares.device)
+            found = _squares([_widened(term) for term in terms] if self.wide else terms, parameter.shape, self.grams) if terms else ()
+            for name, value in zip(("squares", "cancelled", "scales"), found, strict=False):
+                total = getattr(self, name)
+                setattr(self, name, value if total is None else total + value.to(total.device))
         if parameter not in self.kept:
             self.terms.pop(parameter, None)
 
@@ -129,21 +155,33 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
         elif _mkl_is_slow() and type(module).forward is torch.nn.Linear.forward:
             yield _Site(tape, name, module, {}, None)
 
+# %% ../../nbs/library/gradients/tape.ipynb #d13a56b9
+def _refuse_global_hooks() -> None:
+    """Raise ValueError if hooks for all modules are set: they come before the engine's own and may change what a module returned."""
+    found = torch.nn.modules.module._global_forward_hooks
+    if found:
+        names = ", ".join(getattr(hook, "__qualname__", repr(hook)) for hook in found.values())
+        raise ValueError(f"a forward hook for all modules is set ({names}), which may change a module's output unseen; remove it here")
+
 # %% ../../nbs/library/gradients/tape.ipynb #bb9b2280
-def _check_uses(root, names: dict[int, str]) -> None:
-    """Raise ValueError if a recorded parameter enters the loss other than through its own module's forward."""
-    stack, seen = [(root, ())], {root}
+def _check_uses(root, names: dict[int, str], count: int) -> bool:
+    """Raise ValueError if a recorded parameter enters the loss other than through its own module's forward. Returns whether an operation
+    on the way may give the samples other places."""
+    stack, seen, moves = [(root, ())], {root}, False
     while stack:
         node, holders = stack.pop()
         edges = [following for following, _ in node.next_functions]
+        moves = moves or _moves(node, count)
         if node.name() == "CheckpointFunctionBackward":
             raise ValueError(
                 "reentrant gradient checkpointing hides the layers; use gradient_checkpointing_enable({'use_reentrant': False})"
             )
         if isinstance(node, _Tap._backward_cls):  # its module's own work lies between its outputs and its inputs
             groups = [(edges[1 + node.count :], ()), (edges[1 : 1 + node.count], node.site.own.values())]
+        elif isinstance(node, _LinearTap._backward_cls):
+            groups = [(edges[:-2], ()), (edges[-2:], (node.site.module.weight, node.site.module.bias))]
         else:
-            groups = [(edges, () if isinstance(node, _LinearTap._backward_cls) else holders)]
+            groups = [(edges, holders)]
         for followings, holders in groups:
             for following in followings:
                 if isinstance(following, _Tap._backward_cls):
@@ -158,3 +196,75 @@ def _check_uses(root, names: dict[int, str]) -> None:
                 if following is not None and variable is None and following not in seen:
                     seen.add(following)
                     stack.append((following, holders))
+    return moves
+
+
+_DIMENSIONS = {"IndexSelectBackward0": "_saved_dim", "GatherBackward0": "_saved_dim", "SortBackward0": "_saved_dim"}
+_DIMENSIONS |= {"FlipBackward0": "_saved_dims", "RollBackward0": "_saved_dims"}
+
+
+def _moves(node, count: int) -> bool:
+    """Whether the operation behind this node of the graph may move what lies along the first dimension."""
+    name = node.name()
+    if name == "IndexBackward0":
+        first = node._saved_indices[0]
+        in_place = first is None or (
+            first.ndim == 1 and first.dtype == torch.int64 and len(first) == count and bool((first.diff() == 1).all())
+        )
+        return not in_place
+    if name not in _DIMENSIONS:
+        return False
+    along = getattr(node, _DIMENSIONS[name])
+    return 0 in along if isinstance(along, tuple) else along == 0
+
+# %% ../../nbs/library/gradients/tape.ipynb #0b560da4
+class _State:
+    """Random numbers, and in train mode the model's small buffers, as they are now; `again` puts them back for another pass."""
+
+    def __init__(self, model):
+        self.noise = _noise(model)
+        buffers = list(model.buffers()) if model.training else []
+        small = sum(buffer.numel() for buffer in buffers) <= 2**16
+        self.buffers = [(buffer, buffer.clone()) for buffer in buffers] if small else []
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, everything is as it was; afterwards as if nothing had happened."""
+        after = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        with torch.no_grad(), _same_noise(self.noise):
+            _copy(self.buffers)
+            try:
+                with torch.enable_grad():
+                    yield
+            finally:
+                _copy(after)
+
+    def restore(self) -> None:
+        """Go back for good."""
+        cpu, cuda = self.noise
+        torch.set_rng_state(cpu)
+        for device, state in cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        with torch.no_grad():
+            _copy(self.buffers)
+
+
+def _copy(pairs) -> None:
+    for buffer, value in pairs:
+        buffer.copy_(value)
+
+
+def _noise(model) -> tuple:
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+@contextlib.contextmanager
+def _same_noise(noise: tuple):
+    """Random numbers as they were when `noise` was taken; afterwards they go on as if nothing had happened."""
+    cpu, cuda = noise
+    with torch.random.fork_rng(devices=[device.index for device in cuda]):
+        torch.set_rng_state(cpu)
+        for device, state in cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        yield

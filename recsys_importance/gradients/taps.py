@@ -35,11 +35,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
+        through = tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[4:], strict=False))
+        if not ctx.site.tape.in_backward:
+            _check_inner(ctx.site)
+            return None, None, None, None, *through, *(None for _ in range(len(ctx.needs_input_grad) - 4 - len(through)))
         inputs = [tensor.detach() for tensor in ctx.saved_tensors]  # once: gradient checkpointing hands them out only once
         if ctx.use.shared:
             ctx.site.check_rows(gradients[0])
         ctx.site.deliver(ctx.call, inputs, gradients)
-        through = (g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[4:], strict=False))
         return None, None, None, None, *through, *(None for _ in inputs)
 
 
@@ -47,13 +50,16 @@ class _LinearTap(torch.autograd.Function):
     """A Linear's output as it is; the backward pass multiplies by the weight with the faster kernel."""
 
     @staticmethod
-    def forward(ctx, site, anchor, output, x, weight):
+    def forward(ctx, site, anchor, output, x, weight, bias):
         ctx.site = site
         ctx.save_for_backward(x, weight)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx, e):
+        if not ctx.site.tape.in_backward:
+            _check_inner(ctx.site)
+            raise _GradientInLoss
         x, weight = (tensor.detach() for tensor in ctx.saved_tensors)
         ctx.site.deliver(None, [x], [e])
         back = None
@@ -64,7 +70,20 @@ class _LinearTap(torch.autograd.Function):
             if not isinstance(rows, slice):
                 back = back.new_zeros(len(e), back.shape[-1]).index_copy_(0, rows, back)
             back = back.reshape(x.shape)
-        return None, None, None, back, None
+        return None, None, None, back, None, None
+
+# %% ../../nbs/library/gradients/taps.ipynb #02d4a352
+class _GradientInLoss(BaseException):
+    """Raised through the loss that takes a gradient, so that the pass is run again with taps that hide nothing."""
+
+
+def _check_inner(site: _Site) -> None:
+    """Raise ValueError if a gradient taken inside the loss is to be differentiated."""
+    if torch.is_grad_enabled():
+        raise ValueError(
+            f"the loss differentiates through a gradient (create_graph=True) that passes {site}; second derivatives reach the parameters "
+            "by ways that cannot be told apart by sample. Take that gradient without create_graph, or use recsys_importance.reference"
+        )
 
 # %% ../../nbs/library/gradients/taps.ipynb #18695451
 class _Use(NamedTuple):
@@ -80,10 +99,12 @@ class _Site:
     def __init__(self, tape: _Tape, name: str, module: torch.nn.Module, own: dict[str, torch.nn.Parameter], rule: Rule | None):
         self.tape, self.name, self.module, self.own, self.rule = tape, name, module, own, rule
 
-    def hook(self, module, args, kwargs, output):
-        """Forward hook: the same output, tapped."""
-        if self.tape.paused or not torch.is_grad_enabled():
+    def hook(self, module, args, *given):
+        """Forward hook: the same output, tapped. (In another thread torch may leave out kwargs while this one sets or removes hooks.)"""
+        if self.tape.paused or not torch.is_grad_enabled() or not self.tape.is_here():
             return None
+        kwargs, output = given
+        self._check_parameters()
         if not self.tape.in_backward:  # a checkpointed module comes a second time in the backward pass
             for parameter in self.own.values():
                 self.tape.pending[parameter] += 1
@@ -94,11 +115,30 @@ class _Site:
             raw = output
             inputs, output = self._per_sample(inputs, output)
             self.use = _Use(output is not raw, self._square(inputs))
-        linear = type(module).forward is torch.nn.Linear.forward and output.ndim > 1
-        if linear and _onednn(output) and inputs[0].dtype == module.weight.dtype == torch.float32:
+            self.tape.look.append(_look(self.name, self.tape.count, output, *inputs))
+        if self.tape.may_hide and self._hides_nothing(inputs[0], output):
             anchor = self.tape.anchor if self.own else None  # without parameters of its own it is no reason to run the backward pass
-            return _LinearTap.apply(self, anchor, output.detach(), inputs[0], module.weight.detach())
+            return _LinearTap.apply(self, anchor, output.detach(), inputs[0], module.weight, module.bias)
         return _Tap.apply(self, None, 1, self.tape.anchor, output, *inputs) if self.own else None
+
+    def _check_parameters(self) -> None:
+        """Raise ValueError if the module works with other parameters than it holds."""
+        for name, parameter in self.own.items():
+            path, _, last = name.rpartition(".")
+            if self.module.get_submodule(path)._parameters.get(last) is not parameter:
+                raise ValueError(
+                    f"{self} is called with another tensor in the place of its parameter {name!r} (torch.func.functional_call, swapped "
+                    "weights), so its gradient would be another parameter's; load these weights into the model"
+                )
+
+    def _hides_nothing(self, x, output) -> bool:
+        """Whether the faster tap, which cuts the module's own work from the graph, may stand for it."""
+        linear = type(self.module).forward is torch.nn.Linear.forward and "forward" not in vars(self.module)
+        if not (linear and output.ndim > 1 and _onednn(output) and x.dtype == output.dtype):
+            return False
+        own = {id(p) for p in self.own.values()}
+        held = [p for p in (self.module.weight, self.module.bias) if p is not None]
+        return all(p.is_leaf and p.dtype == output.dtype and (not p.requires_grad or id(p) in own) for p in held)
 
     def _square(self, inputs) -> bool:
         """Whether a table's places, made in the forward pass, are as many as samples both ways: distances (T, T) or one row per sample."""
@@ -128,7 +168,8 @@ class _Site:
             )
         if isinstance(self.module, torch.nn.Embedding) and inputs[0].ndim == 1 and len(output) != count:  # positions (T,)
             inputs, output = [inputs[0][None], *inputs[1:]], output[None]
-        if output.ndim and len(output) == 1:
+        if output.ndim and len(output) == 1 < count:
+            self.tape.shared.append(str(self))
             output = output.expand(count, *output.shape[1:])
             inputs = [x.expand(count, *x.shape[1:]) if x.ndim and len(x) == 1 else x for x in inputs]
         if output.ndim < (2 if self.rule in (_linear, _conv1d) else 1) or len(output) != count:
@@ -252,6 +293,11 @@ class _Call(NamedTuple):
 def _plain_precision(gradients):
     """Autocast off: it would round what the engine adds up."""
     return torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False)
+
+# %% ../../nbs/library/gradients/taps.ipynb #005c93e9
+def _look(name: str, count: int, *tensors) -> tuple:
+    """How a module's tensors look to the engine: which dimensions are as long as the batch, or 1."""
+    return name, *("".join("B" if size == count else "1" if size == 1 else "." for size in x.shape) for x in tensors)
 
 # %% ../../nbs/library/gradients/taps.ipynb #ca75bde5
 def _recorded(node) -> bool:

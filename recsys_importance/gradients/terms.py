@@ -12,7 +12,7 @@ import torch
 from .kernels import _batched, _columns_times_columns, _onednn, _rows_that_count, _rows_times_rows
 
 # %% auto #0
-__all__ = ['Term', 'Outer', 'Rows', 'Whole']
+__all__ = ['Term', 'CANCELLED', 'Outer', 'Rows', 'Whole']
 
 # %% ../../nbs/library/gradients/terms.ipynb #c8bb9c69
 class Outer(NamedTuple):
@@ -82,56 +82,39 @@ def _gram(x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> list[torch.Tenso
     return [whole[:, step, : step.stop] for step in steps]
 
 
-def _sum_of_products(a: list[torch.Tensor], b: list[torch.Tensor], symmetric: bool) -> torch.Tensor:
-    """Sum of the elementwise product of two block lists per sample: (B,)."""
-    total = 0
+def _sum_of_products(a: list[torch.Tensor], b: list[torch.Tensor], symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the elementwise product of two block lists per sample, (B,); and of a symmetric product that of the diagonal alone."""
+    total = diagonal = 0
     for x, y in zip(a, b, strict=True):
         product = x * y
         total = total + product.sum((1, 2))
         below = x.shape[2] - x.shape[1]
-        if symmetric and below:
-            total = total + product[..., :below].sum((1, 2))
-    return total
+        if symmetric:
+            diagonal = diagonal + product.diagonal(below, 1, 2).sum(1)
+            if below:
+                total = total + product[..., :below].sum((1, 2))
+    return total, diagonal
 
-# %% ../../nbs/library/gradients/terms.ipynb #b0b97aa6
-def _inner(a: Term, b: Term, shape: torch.Size, grams: _Grams) -> torch.Tensor:
-    """<a_i, b_i> per sample, (B,), for two terms of one parameter of this shape."""
-    match a, b:
-        case Outer(), Outer():
-            return _inner_of_outer(a, b, grams)
-        case Rows(), Rows():
-            if a is b and not a.values.is_cuda:  # there, adding rows in any order would give other bits each time
-                return _square_of_rows(a)
-            return (_batched(a.values, b.values) * (a.index[:, :, None] == b.index[:, None])).sum((1, 2))
-        case Outer(), Rows():
-            places = b.index[:, None].expand(-1, a.left.shape[1], -1)  # (B, S, T)
-            return (_batched(a.right, b.values) * a.left.gather(2, places)).sum((1, 2))
-        case Rows(), Outer():
-            return _inner(b, a, shape, grams)
-        case Whole(), Whole():
-            return _square(a.gradients) if a is b else (a.gradients * b.gradients).reshape(len(a.gradients), -1).sum(1)
-    return torch.stack([(_of_sample(a, i, shape) * _of_sample(b, i, shape)).sum() for i in range(len(a[0]))])
-
-
-def _inner_of_outer(a: Outer, b: Outer, grams: _Grams) -> torch.Tensor:
-    symmetric = a is b
-    (_, length, p), d = a.left.shape, a.right.shape[-1]
-    if symmetric and length == 1:
-        return _square(a.left) * _square(a.right)
-    if symmetric and length * (p + d) > 2 * p * d:  # then a sample's gradient is smaller than its Gram matrices
-        return torch.stack([_of_sample(a, i, None).square().sum() for i in range(len(a.left))])
-    return _sum_of_products(grams(a.right, b.right, symmetric), grams(a.left, b.left, symmetric), symmetric)
-
-
-def _of_sample(term: Term, i: int, shape: torch.Size | None) -> torch.Tensor:
-    """The term of sample i written out, in the parameter's shape."""
+# %% ../../nbs/library/gradients/terms.ipynb #a21af660
+def _square_and_scale(term: Term, shape: torch.Size, grams: _Grams) -> tuple[torch.Tensor, torch.Tensor]:
+    """||g_i||^2 of one term, (B,), and its scale: what the square would be if no two positions cancelled; (B,)."""
     match term:
         case Outer(left, right):
-            return left[i].to(_wide(left)).mT @ right[i].to(_wide(left))
+            (count, length, p), d = left.shape, right.shape[-1]
+            if length == 1:
+                square = _square(left) * _square(right)
+            elif length * (p + d) > 2 * p * d:  # then a sample's gradient is smaller than its Gram matrices
+                square = torch.stack([_of_sample(term, i, shape).square().sum() for i in range(count)])
+            else:
+                return _sum_of_products(grams(right, right, True), grams(left, left, True), True)
         case Rows(index, values):
-            return values.new_zeros(shape, dtype=_wide(values)).index_add_(0, index[i], values[i].to(_wide(values)))
+            if values.is_cuda:  # there, adding rows in any order would give other bits each time
+                products = _batched(values, values) * (index[:, :, None] == index[:, None])
+                return products.sum((1, 2)), products.diagonal(0, 1, 2).sum(1)
+            square = _square_of_rows(term)
         case Whole(gradients):
-            return gradients[i]
+            square = _square(gradients)
+    return square, square
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
@@ -147,6 +130,58 @@ def _square_of_rows(term: Rows) -> torch.Tensor:
     values = term.values.reshape(count * length, -1).to(_wide(term.values))
     sums = values.new_zeros(len(places), values.shape[-1]).index_add_(0, of.flatten(), values)
     return sums.new_zeros(count).index_add_(0, places // size, sums.square().sum(1))
+
+# %% ../../nbs/library/gradients/terms.ipynb #b0b97aa6
+def _inner(a: Term, b: Term, shape: torch.Size, grams: _Grams) -> torch.Tensor:
+    """<a_i, b_i> per sample, (B,), for two different terms of one parameter of this shape."""
+    match a, b:
+        case Outer(), Outer():
+            return _sum_of_products(grams(a.right, b.right, False), grams(a.left, b.left, False), False)[0]
+        case Rows(), Rows():
+            return (_batched(a.values, b.values) * (a.index[:, :, None] == b.index[:, None])).sum((1, 2))
+        case Outer(), Rows():
+            places = b.index[:, None].expand(-1, a.left.shape[1], -1)  # (B, S, T)
+            return (_batched(a.right, b.values) * a.left.gather(2, places)).sum((1, 2))
+        case Rows(), Outer():
+            return _inner(b, a, shape, grams)
+        case Whole(), Whole():
+            return (a.gradients * b.gradients).reshape(len(a.gradients), -1).sum(1)
+    return torch.stack([(_of_sample(a, i, shape) * _of_sample(b, i, shape)).sum() for i in range(len(a[0]))])
+
+# %% ../../nbs/library/gradients/terms.ipynb #12ae67a3
+def _of_sample(term: Term, i: int, shape: torch.Size | None) -> torch.Tensor:
+    """The term of sample i written out, in the parameter's shape."""
+    match term:
+        case Outer(left, right):
+            return left[i].to(_wide(left)).mT @ right[i].to(_wide(left))
+        case Rows(index, values):
+            return values.new_zeros(shape, dtype=_wide(values)).index_add_(0, index[i], values[i].to(_wide(values)))
+        case Whole(gradients):
+            return gradients[i]
+
+# %% ../../nbs/library/gradients/terms.ipynb #2dd149d8
+CANCELLED = 0.01  # of its scale: below that, float32's products have lost too many digits
+
+
+def _squares(terms: list[Term], shape: torch.Size, grams: _Grams) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """||sum of the terms||^2 per sample; in which samples the products cancelled, which on a CPU is mended; and their scale: (B,) each."""
+    total = scale = 0
+    for k, a in enumerate(terms):
+        square, own = _square_and_scale(a, shape, grams)
+        total, scale = total + square, scale + own
+        for b in terms[k + 1 :]:
+            total = total + 2 * _inner(a, b, shape, grams)
+    cancelled = total < CANCELLED * scale
+    if total.device.type == "cpu" and cancelled.any():
+        for i in cancelled.nonzero().flatten().tolist():
+            total[i] = _written_out(terms, i, shape).square().sum()
+        return total, torch.zeros_like(cancelled), scale
+    return total, cancelled, scale
+
+
+def _written_out(terms: list[Term], i: int, shape: torch.Size) -> torch.Tensor:
+    """The gradient of sample i in the parameter's shape."""
+    return sum(_of_sample(term, i, shape).reshape(shape) for term in terms)
 
 # %% ../../nbs/library/gradients/terms.ipynb #6a8510f0
 def _weighted_sum(term: Term, weights: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
