@@ -28,7 +28,7 @@ from recsys_importance.objectives import cross_entropy
 from recsys_importance.reference import chosen_parameters, in_dtype, one_sample, weighted_backward_by_loop
 
 ARTICLE = Weighting()
-ENGINES = {"float64": (torch.float64, "auto", 1e-10), "float32": (torch.float32, "auto", 1e-5), "torch": (torch.float32, "torch", 1e-5)}
+ENGINES = {"float64": (torch.float64, "auto", 1e-10), "float32": (torch.float32, "onednn", 1e-5), "torch": (torch.float32, "torch", 1e-5)}
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------------------------

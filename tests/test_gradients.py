@@ -716,7 +716,7 @@ def test_mistakes_that_torch_words_badly_are_said_plainly():
     assert not any(module._forward_hooks for module in model)
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", ["onednn", "torch"])
 def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypatch):
     monkeypatch.setattr(gradients.kernels, "KERNELS", kernels)
     model = Through(lambda m, x: m.head(Costly.apply(m.body(m.table(x)))), table=table(), body=linear(), head=linear())
@@ -727,7 +727,7 @@ def test_nothing_is_computed_below_the_lowest_chosen_parameter(kernels, monkeypa
     assert Costly.passes == 1
 
 
-@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("kernels", ["onednn", "torch"])
 def test_hooks_of_others_that_change_inputs_outputs_and_gradients_count(kernels, monkeypatch):
     monkeypatch.setattr(gradients.kernels, "KERNELS", kernels)
     model, batch = perceptron(), points()

@@ -5,32 +5,97 @@
 # %% ../../nbs/library/gradients/kernels.ipynb #2f249c6b
 from __future__ import annotations
 
-from functools import cache
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 # %% auto #0
-__all__ = ['KERNELS']
+__all__ = ['KERNELS', 'REMEMBERED', 'chosen_kernels']
 
 # %% ../../nbs/library/gradients/kernels.ipynb #9c319ac4
-@cache
-def _mkl_is_slow() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL does: on x86 processors that are not Intel's."""
-    processors = Path("/proc/cpuinfo")
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and processors.exists()):
-        return False
-    vendor = next((line for line in processors.read_text().splitlines() if line.startswith("vendor_id")), "")
-    return "AMD" in vendor and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+KERNELS = os.environ.get("RECSYS_IMPORTANCE_KERNELS", "auto")  # or "torch", "onednn"
+REMEMBERED = True  # whether choices are read from and written to a file
+_SMALL = 2**21  # multiplications below which there is nothing to gain
 
 
-KERNELS = "auto"
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _onednn(x: torch.Tensor) -> bool:
-    return KERNELS == "auto" and x.device.type == "cpu" and x.dtype == torch.float32 and _mkl_is_slow()
+def _may_choose(x: torch.Tensor) -> bool:
+    """Whether there is more than one kernel for products of this tensor."""
+    if KERNELS not in ("auto", "torch", "onednn"):
+        raise ValueError(f"KERNELS (or RECSYS_IMPORTANCE_KERNELS) must be 'auto', 'torch' or 'onednn', got {KERNELS!r}")
+    return KERNELS != "torch" and x.device.type == "cpu" and x.dtype == torch.float32 and _has_onednn()
 
 
+def _kind(name: str, *sizes: int) -> str:
+    """Shapes whose sizes have the same number of binary digits are of one kind."""
+    return " ".join([name, *(str(2 ** (max(size, 1).bit_length() - 1)) for size in sizes), f"threads {torch.get_num_threads()}"])
+
+# %% ../../nbs/library/gradients/kernels.ipynb #8867d583
+_CHOSEN: dict[str, str] = {}
+
+
+def _choice(kind: str, ways: dict[str, Callable[[], object]]) -> str:
+    """The name of the way that is fastest for this kind of shape: measured now, or as it was before."""
+    if not _CHOSEN and REMEMBERED:
+        _CHOSEN.update(_read())
+    if _CHOSEN.get(kind) not in ways:
+        best = dict.fromkeys(ways, float("inf"))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for number in range(4):  # the first round warms up
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    way()
+                    best[name] = min(best[name], time.perf_counter() - start) if number else best[name]
+        _CHOSEN[kind] = min(best, key=best.get)
+        if REMEMBERED:
+            _write()
+    return _CHOSEN[kind]
+
+
+def chosen_kernels() -> dict[str, str]:
+    """What was chosen so far, by kind of product, sizes (each of so many binary digits) and threads."""
+    return dict(sorted(_CHOSEN.items()))
+
+# %% ../../nbs/library/gradients/kernels.ipynb #91ec9fb7
+def _path() -> Path:
+    """The file of the choices of this processor and version of PyTorch."""
+    import pooch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = [line for line in lines if line.startswith(("model name", "flags"))][:2]
+    key = repr((processor, torch.__version__))
+    return Path(pooch.os_cache("recsys_importance")) / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+
+
+def _read() -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(_path().read_text())
+        return {kind: name for kind, name in found.items() if isinstance(name, str)}
+    return {}
+
+
+def _write() -> None:
+    """Add the choices to the file; what another process has written in the meantime stays."""
+    with contextlib.suppress(OSError):
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _CHOSEN.update(_read())
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(_CHOSEN, indent=1, sort_keys=True))
+        os.replace(temporary, path)
+
+# %% ../../nbs/library/gradients/kernels.ipynb #bcf2405d
 def _rows_that_count(x: torch.Tensor) -> torch.Tensor | slice:
     """The rows of a matrix (N, p) that are not all zero, if leaving the others out is worth a copy; on a GPU all of them."""
     if x.device.type != "cpu" or x[:, :8].any(-1).all():
@@ -41,7 +106,25 @@ def _rows_that_count(x: torch.Tensor) -> torch.Tensor | slice:
 
 def _rows_times_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a b^T for matrices (M, K) and (N, K)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "") if _onednn(a) else a @ b.mT
+    onednn = _may_choose(a) and _by_onednn(len(a), len(b), a.shape[1], a.is_contiguous(), b.is_contiguous())
+    return _by_linear(a, b) if onednn else a @ b.mT
+
+
+def _by_linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def _by_onednn(m: int, n: int, k: int, rows_of_a: bool, rows_of_b: bool) -> bool:
+    """Whether oneDNN multiplies (m, k) and (n, k)^T faster; rows_of_a, rows_of_b: whether rows, not columns, lie together in memory."""
+    if KERNELS == "onednn":
+        return True
+    if m * n * k < _SMALL:
+        return False
+    kind = _kind(f"rows {'rc'[not rows_of_a]}{'rc'[not rows_of_b]}", m, n, k)
+    if kind in _CHOSEN:
+        return _CHOSEN[kind] == "onednn"
+    a, b = torch.zeros(m, k) if rows_of_a else torch.zeros(k, m).mT, torch.zeros(n, k) if rows_of_b else torch.zeros(k, n).mT
+    return _choice(kind, {"torch": lambda: a @ b.mT, "onednn": lambda: _by_linear(a, b)}) == "onednn"
 
 # %% ../../nbs/library/gradients/kernels.ipynb #bea5f424
 def _columns_times_columns(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

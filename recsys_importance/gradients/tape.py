@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from .kernels import _mkl_is_slow
+from .kernels import _has_onednn
 from .rules import _conv1d, _linear, _rule_for
 from .taps import _LinearTap, _Site, _Tap
 from .terms import Term, _Grams, _squares
@@ -152,7 +152,7 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
                     "which takes any model"
                 )
             yield site
-        elif _mkl_is_slow() and type(module).forward is torch.nn.Linear.forward:
+        elif _has_onednn() and tape.may_hide and type(module).forward is torch.nn.Linear.forward:
             yield _Site(tape, name, module, {}, None)
 
 # %% ../../nbs/library/gradients/tape.ipynb #d13a56b9

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from .kernels import _onednn, _rows_that_count, _rows_times_rows
+from .kernels import _by_onednn, _may_choose, _rows_that_count, _rows_times_rows
 from .rules import Rule, _conv1d, _linear
 from .terms import Outer, Rows, Term, Whole
 
@@ -134,7 +134,9 @@ class _Site:
     def _hides_nothing(self, x, output) -> bool:
         """Whether the faster tap, which cuts the module's own work from the graph, may stand for it."""
         linear = type(self.module).forward is torch.nn.Linear.forward and "forward" not in vars(self.module)
-        if not (linear and output.ndim > 1 and _onednn(output) and x.dtype == output.dtype):
+        if not (linear and output.ndim > 1 and _may_choose(output) and x.dtype == output.dtype):
+            return False
+        if not _by_onednn(output.numel() // output.shape[-1], x.shape[-1], output.shape[-1], True, False):
             return False
         own = {id(p) for p in self.own.values()}
         held = [p for p in (self.module.weight, self.module.bias) if p is not None]

@@ -5,11 +5,22 @@
 # %% ../../nbs/library/gradients/terms.ipynb #f1e1f08c
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .kernels import _batched, _columns_times_columns, _onednn, _rows_that_count, _rows_times_rows
+from . import kernels
+from recsys_importance.gradients.kernels import (
+    _SMALL,
+    _batched,
+    _by_linear,
+    _choice,
+    _columns_times_columns,
+    _kind,
+    _may_choose,
+    _rows_that_count,
+)
 
 # %% auto #0
 __all__ = ['Term', 'CANCELLED', 'Outer', 'Rows', 'Whole']
@@ -53,12 +64,12 @@ class _Grams:
     def __init__(self):
         self.kept = []
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> list[torch.Tensor]:
-        for a, b, halved, blocks in self.kept:
-            if _same(a, x) and _same(b, y) and halved == symmetric:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, way: str) -> list[torch.Tensor]:
+        for a, b, by, blocks in self.kept:
+            if _same(a, x) and _same(b, y) and by == way:
                 return blocks
-        blocks = _gram(x, y, symmetric)
-        self.kept = [(x, y, symmetric, blocks), *self.kept[:2]]
+        blocks = _GRAMS[way](x, y)
+        self.kept = [(x, y, way, blocks), *self.kept[:2]]
         return blocks
 
 
@@ -66,20 +77,41 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-def _gram(x: torch.Tensor, y: torch.Tensor, symmetric: bool) -> list[torch.Tensor]:
-    """Blocks of x y^T per sample. Of a symmetric product only the blocks on and below the diagonal: (B, block, end of block)."""
-    _, length, width = x.shape
-    alone = _onednn(x) and length * y.shape[1] * width > 8e6  # samples large enough to be multiplied one by one
-    if not symmetric:
-        return [torch.stack([_rows_times_rows(a, b) for a, b in zip(x, y, strict=True)]) if alone else _batched(x, y)]
-    steps = [slice(start, start + 32) for start in range(0, length, 32)]
-    if not alone:
-        return [_batched(x[:, step], x[:, : step.stop]) for step in steps]
-    whole = x.new_empty(len(x), length, length)
-    for one, product in zip(x, whole, strict=True):
-        for start in range(0, length, 128):
-            product[start : start + 128, : start + 128] = _rows_times_rows(one[start : start + 128], one[: start + 128])
-    return [whole[:, step, : step.stop] for step in steps]
+def _in_blocks(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """Of a symmetric product the blocks on and below the diagonal: (B, 32, end of block)."""
+    return [_batched(x[:, start : start + 32], y[:, : start + 32]) for start in range(0, x.shape[1], 32)]
+
+
+def _one_by_one(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """The same blocks, each sample by itself, on oneDNN: for samples that are large enough."""
+    whole = x.new_empty(len(x), x.shape[1], y.shape[1])
+    for a, b, product in zip(x, y, whole, strict=True):
+        for start in range(0, len(a), 128):
+            product[start : start + 128, : start + 128] = _by_linear(a[start : start + 128], b[: start + 128])
+    return [whole[:, start : start + 32, : start + 32] for start in range(0, x.shape[1], 32)]
+
+
+_GRAMS = {"whole": lambda x, y: [_batched(x, y)], "blocks": _in_blocks, "one by one": _one_by_one}
+
+
+def _way(left: torch.Tensor, right: torch.Tensor) -> str:
+    """How the two symmetric products of a term are made fastest: a name in _GRAMS."""
+    (count, length, p), d = left.shape, right.shape[-1]
+    if length <= 32 or left.device.type != "cpu":
+        return "whole" if length <= 32 else "blocks"
+    if not (_may_choose(left) and _may_choose(right)) or count * length * length * (p + d) < _SMALL:
+        return "blocks"
+    if kernels.KERNELS == "onednn":
+        return "one by one"
+    kind = _kind("gram", count, length, p, d)
+    ways = {way: partial(_try, way, count, length, (p, d)) for way in _GRAMS}
+    return _choice(kind, ways)
+
+
+def _try(way: str, count: int, length: int, widths: tuple[int, int]) -> None:
+    tensors = (torch.ones(count, length, width) for width in widths)
+    blocks = [_GRAMS[way](x, x) for x in tensors]
+    _sum_of_products(*blocks, True)
 
 
 def _sum_of_products(a: list[torch.Tensor], b: list[torch.Tensor], symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +138,8 @@ def _square_and_scale(term: Term, shape: torch.Size, grams: _Grams) -> tuple[tor
             elif length * (p + d) > 2 * p * d:  # then a sample's gradient is smaller than its Gram matrices
                 square = torch.stack([_of_sample(term, i, shape).square().sum() for i in range(count)])
             else:
-                return _sum_of_products(grams(right, right, True), grams(left, left, True), True)
+                way = _way(left, right)
+                return _sum_of_products(grams(right, right, way), grams(left, left, way), True)
         case Rows(index, values):
             if values.is_cuda:  # there, adding rows in any order would give other bits each time
                 products = _batched(values, values) * (index[:, :, None] == index[:, None])
@@ -136,7 +169,7 @@ def _inner(a: Term, b: Term, shape: torch.Size, grams: _Grams) -> torch.Tensor:
     """<a_i, b_i> per sample, (B,), for two different terms of one parameter of this shape."""
     match a, b:
         case Outer(), Outer():
-            return _sum_of_products(grams(a.right, b.right, False), grams(a.left, b.left, False), False)[0]
+            return _sum_of_products(grams(a.right, b.right, "whole"), grams(a.left, b.left, "whole"), False)[0]
         case Rows(), Rows():
             return (_batched(a.values, b.values) * (a.index[:, :, None] == b.index[:, None])).sum((1, 2))
         case Outer(), Rows():
@@ -160,7 +193,7 @@ def _of_sample(term: Term, i: int, shape: torch.Size | None) -> torch.Tensor:
             return gradients[i]
 
 # %% ../../nbs/library/gradients/terms.ipynb #2dd149d8
-CANCELLED = 0.01  # of its scale: below that, float32's products have lost too many digits
+CANCELLED = 0.05  # of its scale: below that, float32's products have lost too many digits
 
 
 def _squares(terms: list[Term], shape: torch.Size, grams: _Grams) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
