@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from apart import apart
 from tiny import Through, perceptron, residual, tiny_pair
 from torch import nn
 from twins import gradient_in, gradients_of_the_whole_batch, off, pair_batch
@@ -423,16 +424,38 @@ def test_hooks_see_each_micro_batch_as_in_plain_accumulation():
     assert off(found, plain_gradient(model, residual, batch, step.weights)) < 1e-5
 
 
-def test_sharded_weights_are_refused():
-    class DTensor(nn.Parameter):
-        """Named as the tensors that FSDP2 puts in the place of parameters."""
-
-    model = net()
-    model[2].weight = DTensor(model[2].weight.detach())
-    with pytest.raises(ValueError, match=r"parameter '2.weight' is sharded over processes"):
-        gradient_norms(model, residual, rows())
+def test_models_cut_over_devices_are_refused():
     with pytest.raises(ValueError, match="wrapped in DataParallel"):
         weighted_backward(nn.DataParallel(net()), residual, rows(), Weighting())
+
+
+def of_one_process(folder):
+    """The errors for weights that fully_shard has cut, and for a communication hook; and the step without one."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    sharded, replicated, errors = net(), DistributedDataParallel(net()), []
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    first = weighted_backward(replicated, residual, rows(), Weighting())
+    replicated.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    for model in (sharded, replicated):
+        try:
+            weighted_backward(model, residual, rows(), Weighting())
+        except ValueError as error:
+            errors.append(str(error))
+    torch.distributed.destroy_process_group()
+    return first.weights.tolist(), errors
+
+
+def test_sharded_weights_and_communication_hooks_are_refused(tmp_path):
+    weights, errors = apart(of_one_process, tmp_path)
+    expected = weighted_backward(net(), residual, rows(), Weighting()).weights
+    torch.testing.assert_close(torch.tensor(weights), expected, rtol=1e-5, atol=0)
+    assert len(errors) == 2
+    assert "parameter '0.weight' is sharded over processes" in errors[0] and "communication hook" in errors[1]
 
 
 # --- several threads --------------------------------------------------------------------------------------------------------------------

@@ -46,13 +46,15 @@ class _Tape:
     def recording(self):
         _refuse_global_hooks()
         handles = []
+        compiled = any(module._compiled_call_impl is not None for module in self.model.modules())  # by model.compile()
         try:
             for site in self.sites:
                 # first of all hooks: what others make of the output comes after the module
                 handles.append(site.module.register_forward_hook(site.hook, with_kwargs=True, prepend=True))
                 if site.rule in (_linear, _conv1d):
                     handles.append(site.module.register_forward_pre_hook(self._cast))
-            yield self
+            with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
