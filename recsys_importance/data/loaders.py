@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -254,17 +255,18 @@ def _retail_file(key: str, names, folder) -> pd.DataFrame:
 
 
 def _taken_back(lines: pd.DataFrame) -> np.ndarray:
-    """True for a purchase that a later cancellation of the same customer, item and quantity takes back; the latest such purchase first."""
+    """For each line the row of the later cancellation that takes it back, -1 for none: of the same customer, item and quantity; the latest
+    such purchase first."""
     pair = pd.factorize(lines["user_id"])[0].astype("int64") * (len(lines) + 1) + pd.factorize(lines["item_id"])[0]
     cancelled = lines["cancelled"].to_numpy()
     known = lines["user_id"].notna().to_numpy()
     rows = np.flatnonzero(known & np.isin(pair, pair[cancelled & known]))
-    taken, open_purchases = np.zeros(len(lines), dtype=bool), defaultdict(list)
+    taken, open_purchases = np.full(len(lines), -1), defaultdict(list)
     for row, key, quantity in zip(rows, pair[rows], lines["quantity"].to_numpy()[rows], strict=True):
         if not cancelled[row]:
             open_purchases[key, quantity].append(row)
         elif open_purchases[key, -quantity]:
-            taken[open_purchases[key, -quantity].pop()] = True
+            taken[open_purchases[key, -quantity].pop()] = row
     return taken
 
 
@@ -273,7 +275,8 @@ def online_retail_lines(*, folder=None) -> pd.DataFrame:
 
     Returns one row per line: invoice, item_id (stock code, upper case), description (may be missing), quantity (pieces, int64; negative
     in a cancellation), timestamp, price (pounds sterling, one piece), user_id (may be missing), country, and three flags:
-    cancelled, the line belongs to a cancellation (invoice C...); returned, a purchase that such a line takes back in full;
+    cancelled, the line belongs to a cancellation (invoice C...); returned, a purchase that such a line takes back in full (which is
+    known from that line on only);
     product, the stock code is a product's and not postage, a fee, a correction, a voucher or a test.
     The sum of quantity * price over all lines of a customer is net of cancellations. Cancellations are known up to 2010-12-09 only.
     Raises DatasetUnavailable if the files cannot be had, ValueError if one is damaged.
@@ -282,52 +285,211 @@ def online_retail_lines(*, folder=None) -> pd.DataFrame:
     second = second[~second["invoice"].isin(first["invoice"].unique())]
     lines = pd.concat([first, second]).sort_values("timestamp", kind="stable", ignore_index=True)
     lines["cancelled"] = lines["invoice"].str.startswith("C")
-    lines["returned"] = _taken_back(lines)
+    lines["returned"] = _taken_back(lines) >= 0
     lines["product"] = lines["item_id"].str.match(_RETAIL_PRODUCT)
     return lines
 
 # %% ../../nbs/03_loaders.ipynb #914646d2
-def _descriptions(purchases: pd.DataFrame) -> pd.Series:
-    """One description per item: the most frequent one, and of equally frequent ones the first in the alphabet."""
-    counts = purchases.groupby(["item_id", "description"], sort=True).size().reset_index(name="lines")
-    return counts.sort_values("lines", ascending=False, kind="stable").drop_duplicates("item_id").set_index("item_id")["description"]
+def _names_so_far(sales: pd.DataFrame) -> pd.Series:
+    """Each line's description of its item by then: the most frequent one so far, and of equally frequent ones the one that was so first."""
+    count = sales.groupby(["item_id", "description"]).cumcount() + 1
+    item = sales["item_id"]
+    leads = count > count.groupby(item).cummax().groupby(item).shift(fill_value=0)
+    return sales["description"].where(leads).groupby(item).ffill()
 
 
-def _unbought(user: np.ndarray, bought: np.ndarray, items: int, negatives: int, generator) -> np.ndarray:
-    """(len(user), negatives) item codes, in each row different and none bought by the row's user; `bought` holds user * items + item."""
-    bought = np.unique(bought)
-    most = np.bincount(bought // items).max()
-    if items - most < negatives:
-        raise ValueError(f"negatives is {negatives}, but a customer bought {most} of the {items} products; ask for at most {items - most}")
-    drawn = generator.integers(items, size=(len(user), negatives))
+def _latest(item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Row of the last line with each `wanted` item at or before the moment `at`; item, moment: of the lines, in the order of time."""
+    width = moment.max() + 1
+    order = np.argsort(item, kind="stable")
+    return order[np.searchsorted((item * width + moment)[order], wanted * width + at, side="right") - 1]
+
+
+def _holdings(purchases: pd.DataFrame) -> pd.DataFrame:
+    """One row for each unbroken time in which a customer has a product, in the order of customer and start.
+
+    purchases: user, item, row (the clock: number of the line) and until (row of the line that takes it back). A purchase of what the
+    customer has lengthens that time at most; it starts none.
+    """
+    purchases = purchases.sort_values(["user", "item", "row"], kind="stable")
+    pair = [purchases["user"], purchases["item"]]
+    until = purchases.groupby(pair)["until"].cummax()
+    starts = purchases["row"] > until.groupby(pair).shift(fill_value=-1)
+    ends = until.groupby(starts.cumsum()).last()
+    return purchases[starts].assign(until=ends.to_numpy()).sort_values(["user", "row"], ignore_index=True)
+
+
+def _held(holdings: pd.DataFrame, rows: np.ndarray, history: int) -> np.ndarray:
+    """(len(rows), history) numbers of the holdings that the customer of each row has at its start, the latest first; -1 for none."""
+    user, start, until = (holdings[name].to_numpy() for name in ("user", "row", "until"))
+    held, count, back = np.full((len(rows), history), -1), np.zeros(len(rows), dtype=int), rows - 1
     while True:
-        wrong = np.isin(user[:, None] * items + drawn, bought)
+        open_rows = np.flatnonzero((count < history) & (back >= 0) & (user[back] == user[rows]))
+        if not len(open_rows):
+            return held
+        has = open_rows[until[back[open_rows]] > start[rows[open_rows]]]
+        held[has, count[has]] = back[has]
+        count[has] += 1
+        back[open_rows] -= 1
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a4
+def _numbered(lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines with `sold`, True where a described product has a price, and as numbers: user, item, bill, moment, row and until.
+
+    user, item, bill (of the invoice): codes, -1 for none; items in the order of their first sale. moment: in the order of time.
+    row: the line's own number. until: that of the line that takes it back, or the number of all lines.
+    """
+    sold = lines["product"] & ~lines["cancelled"] & lines["description"].notna() & (lines["price"] > 0) & (lines["quantity"] > 0)
+    taken = _taken_back(lines)
+    return lines.assign(
+        sold=sold,
+        user=pd.factorize(lines["user_id"], sort=True)[0],
+        item=pd.Index(lines.loc[sold, "item_id"].unique()).get_indexer(lines["item_id"]),
+        bill=pd.factorize(lines["invoice"])[0],
+        moment=pd.factorize(lines["timestamp"], sort=True)[0],
+        row=np.arange(len(lines)),
+        until=np.where(taken < 0, len(lines), taken),
+    )
+
+
+def _purchases(sales: pd.DataFrame, end: int, history: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """The purchases that stand at row `end` and have a history, in the order of customer and time; and the items held, (N, history)."""
+    holdings = _holdings(sales[sales["user"] >= 0])
+    stand = np.flatnonzero(holdings["until"] == end)
+    held = _held(holdings, stand, history)
+    some = held[:, 0] >= 0
+    items = np.where(held[some] < 0, -1, holdings["item"].to_numpy()[held[some]])
+    return holdings.iloc[stand[some]].reset_index(drop=True), items
+
+
+def _chosen(user: np.ndarray, max_users: int | None, last_events: int | None, generator) -> np.ndarray:
+    """Which samples of (N,) users in order are asked for: (N,) bool."""
+    chosen = np.ones(len(user), dtype=bool)
+    if max_users is not None:
+        users = np.unique(user)
+        chosen &= np.isin(user, generator.choice(users, size=min(max_users, len(users)), replace=False))
+    if last_events is not None:
+        chosen &= pd.Series(user).groupby(user).cumcount(ascending=False).to_numpy() < last_events
+    return chosen
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a6
+class _Known(NamedTuple):
+    """What each customer has had to do with by when. user, item: codes. first: moment of a pair's first line, by `pairs`, sorted."""
+
+    items: int
+    pairs: np.ndarray  # user * items + item
+    first: np.ndarray
+    baskets: np.ndarray  # invoice * items + item, sorted
+
+    def holds(self, user, invoice, moment, item) -> np.ndarray:
+        """Whether the customer had a line of the item by the moment, or the invoice has one; for arrays of one shape, bool."""
+        pair, basket = user * self.items + item, invoice * self.items + item
+        place = np.minimum(np.searchsorted(self.pairs, pair), len(self.pairs) - 1)
+        known = (self.pairs[place] == pair) & (self.first[place] <= moment)
+        return known | (self.baskets[np.minimum(np.searchsorted(self.baskets, basket), len(self.baskets) - 1)] == basket)
+
+
+def _known(user: np.ndarray, item: np.ndarray, invoice: np.ndarray, moment: np.ndarray) -> _Known:
+    """From all lines in the order of time, cancellations and gifts too; codes are -1 where there is no customer or no such product."""
+    items = item.max() + 1
+    some = (user >= 0) & (item >= 0)
+    pairs, first = np.unique((user * items + item)[some], return_index=True)
+    return _Known(items, pairs, moment[some][first], np.unique((invoice * items + item)[item >= 0]))
+
+
+def _free(known: _Known, user, invoice, moment, on_sale, least: int) -> np.ndarray:
+    """How many of the products on sale each row could draw from, exact where that may be fewer than `least`; else a lower bound."""
+    owner = known.pairs // known.items
+    lines = np.bincount(owner, minlength=user.max() + 1)[user] + np.bincount(known.baskets // known.items)[invoice]
+    free = on_sale - lines
+    for row in np.flatnonzero(free < least):
+        item = np.arange(on_sale[row])
+        free[row] = (~known.holds(user[row], invoice[row], moment[row], item)).sum()
+    return free
+
+
+def _drawn(known: _Known, user, invoice, moment, on_sale, negatives: int, generator) -> np.ndarray:
+    """(N, negatives) codes of products on sale, in each row different and none that `known` holds for the row."""
+    drawn = generator.integers(on_sale[:, None], size=(len(user), negatives))
+    rows = np.arange(len(user))
+    while len(rows):
+        item = drawn[rows]
+        wrong = known.holds(user[rows, None], invoice[rows, None], moment[rows, None], item)
         for column in range(1, negatives):
-            wrong[:, column] |= (drawn[:, :column] == drawn[:, column : column + 1]).any(axis=1)
-        if not wrong.any():
-            return drawn
-        drawn[wrong] = generator.integers(items, size=int(wrong.sum()))
+            wrong[:, column] |= (item[:, :column] == item[:, column : column + 1]).any(axis=1)
+        item[wrong] = generator.integers(np.broadcast_to(on_sale[rows, None], wrong.shape)[wrong])
+        drawn[rows] = item
+        rows = rows[wrong.any(axis=1)]
+    return drawn
 
+# %% ../../nbs/03_loaders.ipynb #7d20b1a7
+def _negatives(bought: pd.DataFrame, lines: pd.DataFrame, first_sold: np.ndarray, negatives: int, generator):
+    """Which purchases have so many other products to draw from, (N,) bool, and items drawn for these, (n, negatives)."""
+    known = _known(*(lines[name].to_numpy() for name in ("user", "item", "bill", "moment")))
+    user, bill, moment = (bought[name].to_numpy() for name in ("user", "bill", "moment"))
+    on_sale = np.searchsorted(first_sold, moment, side="right")  # items are numbered in the order of their first sale
+    enough = (free := _free(known, user, bill, moment, on_sale, negatives)) >= negatives
+    if len(free) and not enough.any():
+        raise ValueError(
+            f"negatives is {negatives}, but at no purchase were there more than {free.max()} products to draw from"
+        )
+    return enough, _drawn(known, user[enough], bill[enough], moment[enough], on_sale[enough], negatives, generator)
 
+# %% ../../nbs/03_loaders.ipynb #7d20b1a8
 def _count(value, *, option: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{option} is {value!r}, expected a whole number of {least} or more")
 
 
+def _behaviour(bought: pd.DataFrame, held: np.ndarray, drawn: np.ndarray, sales: pd.DataFrame) -> pd.DataFrame:
+    """The tidy frame: each purchase and then its negatives. held: (N, history) items, -1 for none. drawn: (N, negatives) items."""
+    items, moments, names = (sales[name].to_numpy() for name in ("item", "moment", "name"))
+    moment = bought["moment"].to_numpy()
+
+    def named(item, at) -> np.ndarray:
+        return names[_latest(items, moments, item, at)].astype(object)
+
+    text = named(held[:, 0], moment)
+    for back in held.T[1:]:
+        reaches = back >= 0
+        text[reaches] = text[reaches] + " | " + named(back[reaches], moment[reaches])
+    step = bought["user_id"] + ":" + bought["invoice"] + ":" + bought["item_id"]
+    frame = pd.DataFrame(
+        {
+            "sample_id": "online_retail:" + step,
+            "text_a": text,
+            "text_b": named(bought["item"].to_numpy(), moment),
+            "label": 1.0,
+            "query_id": step,
+            **{name: bought[name] for name in ("user_id", "item_id", "timestamp", "price", "quantity")},
+            "sampled": False,
+        }
+    )
+    others = frame.loc[np.repeat(frame.index, drawn.shape[1])]
+    last = sales.iloc[_latest(items, moments, drawn.ravel(), np.repeat(moment, drawn.shape[1]))]
+    seen = {"text_b": last["name"], "item_id": last["item_id"], "price": last["price"]}
+    others = others.assign(**{name: column.to_numpy() for name, column in seen.items()}, label=0.0, quantity=0, sampled=True)
+    others["sample_id"] = others["sample_id"] + ":not:" + others["item_id"]
+    return pd.concat([frame, others]).sort_index(kind="stable")
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a9
 def load_online_retail(
     *, history: int = 5, negatives: int = 0, max_users: int | None = None, last_events: int | None = None, seed: int = 0, folder=None
 ) -> pd.DataFrame:
-    """Online Retail as behaviour samples: the products a customer bought before, and the next one.
+    """Online Retail as behaviour samples: the products that a customer had at a moment, and the next one bought.
 
-    history: how many earlier products text_a lists, most recent first, joined by " | "; fewer at the start of a customer's sequence.
-    negatives: products per purchase that the customer buys nowhere in the data, drawn uniformly with `seed` from all products,
-    label 0, column `sampled` true: assumed dislikes, not observed ones. max_users: so many customers, drawn with `seed`.
-    last_events: only the last so many purchases of each customer; their histories still reach further back.
+    history: how many of them text_a lists, the latest first, joined by " | "; fewer at the start of a customer's sequence.
+    negatives: products per purchase, label 0, column `sampled` true: assumed dislikes, not observed ones. They are drawn uniformly with
+    `seed` from what the shop had sold by that moment, without what the customer had had to do with by then and without the same basket;
+    what the customer buys later may be among them. max_users: so many customers, drawn with `seed`.
+    last_events: only the last so many samples of each customer; their histories still reach further back.
     folder: read the files there, unverified, instead of the registry's.
-    A customer's sequence holds the first purchase of each product, in time order and within an invoice in the order of its lines.
-    Left out: lines without customer, cancellations and purchases that one takes back in full, lines that are no product, have no
-    description, or a price or quantity of 0. Returns a validated frame with query_id (one per step, shared by its negatives), user_id,
-    item_id, timestamp, price (pounds sterling, one piece; the product's median for a negative), quantity (0 for a negative) and sampled.
+    A sample is a purchase of a product that the customer does not have, is not taken back in full later, and has a history. Nothing else
+    in it is later than its timestamp: not the products' names, not the price of a negative (the last one paid), not the history, which
+    a purchase leaves when it is taken back. Left out: lines without customer, lines that are no product, have no description, or a price
+    or quantity of 0; and purchases with fewer than `negatives` products to draw from, counted in attrs["purchases_left_out"].
+    Returns a validated frame with query_id (one per purchase, shared by its negatives), user_id, item_id, timestamp, price (pounds
+    sterling, one piece), quantity (0 for a negative) and sampled.
     Raises DatasetUnavailable if the files cannot be had, ValueError for an option out of range or a damaged file.
     Source: article B, section 1.1 (behaviour data), for the kind of sample.
     """
@@ -336,52 +498,20 @@ def load_online_retail(
     for option, value in {"max_users": max_users, "last_events": last_events}.items():
         if value is not None:
             _count(value, option=option, least=1)
-    lines = online_retail_lines(folder=folder)
-    kept = lines["product"] & ~lines["cancelled"] & ~lines["returned"] & lines["user_id"].notna() & lines["description"].notna()
-    purchases = lines[kept & (lines["price"] > 0) & (lines["quantity"] > 0)]
-    names = _descriptions(purchases).sort_index()
-    prices = purchases.groupby("item_id")["price"].median().reindex(names.index).to_numpy()
-    steps = purchases.drop_duplicates(["user_id", "item_id"]).sort_values("user_id", kind="stable", ignore_index=True)
-    item = names.index.get_indexer(steps["item_id"])
-    user, users = pd.factorize(steps["user_id"], sort=True)
-    place = steps.groupby("user_id").cumcount().to_numpy()
-    length = np.bincount(user)
-    wanted = place >= 1
-    generator = np.random.default_rng(seed)
-    if max_users is not None:
-        candidates = np.flatnonzero(length > 1)
-        wanted &= np.isin(user, generator.choice(candidates, size=min(max_users, len(candidates)), replace=False))
-    if last_events is not None:
-        wanted &= place >= length[user] - last_events
-    rows = np.flatnonzero(wanted)
-    titles = names.to_numpy(dtype=object)
-    text = titles[item[rows - 1]]
-    for back in range(2, history + 1):
-        reaches = place[rows] >= back
-        text[reaches] = text[reaches] + " | " + titles[item[rows[reaches] - back]]
-    chosen = steps.iloc[rows]
-    step = chosen["user_id"] + ":" + chosen["invoice"] + ":" + chosen["item_id"]
-    bought = pd.DataFrame(
-        {
-            "sample_id": "online_retail:" + step,
-            "text_a": text,
-            "text_b": titles[item[rows]],
-            "label": 1.0,
-            "query_id": step,
-            **{name: chosen[name] for name in ("user_id", "item_id", "timestamp", "price", "quantity")},
-            "sampled": False,
-        }
-    ).reset_index(drop=True)
-    if negatives and len(bought):
-        someone, something = users.get_indexer(lines["user_id"]), names.index.get_indexer(lines["item_id"])
-        ever = (someone * len(names) + something)[(someone >= 0) & (something >= 0)]
-        drawn = _unbought(user[rows], ever, len(names), negatives, generator).ravel()
-        others = bought.loc[np.repeat(bought.index, negatives)].assign(
-            text_b=titles[drawn], label=0.0, item_id=names.index[drawn], price=prices[drawn], quantity=0, sampled=True
-        )
-        others["sample_id"] = others["sample_id"] + ":not:" + others["item_id"]
-        bought = pd.concat([bought, others]).sort_index(kind="stable")
-    return validate(bought, source="online_retail")
+    lines, generator = _numbered(online_retail_lines(folder=folder)), np.random.default_rng(seed)
+    sales = lines[lines["sold"]].reset_index(drop=True)
+    sales["name"] = _names_so_far(sales)
+    bought, held = _purchases(sales, len(lines), history)
+    chosen = _chosen(bought["user"].to_numpy(), max_users, last_events, generator)
+    bought, held, left_out = bought[chosen].reset_index(drop=True), held[chosen], 0
+    drawn = np.empty((len(bought), 0), dtype=int)
+    if negatives:
+        first_sold = sales.drop_duplicates("item")["moment"].to_numpy()
+        enough, drawn = _negatives(bought, lines, first_sold, negatives, generator)
+        bought, held, left_out = bought[enough].reset_index(drop=True), held[enough], int((~enough).sum())
+    frame = validate(_behaviour(bought, held, drawn, sales), source="online_retail")
+    frame.attrs["purchases_left_out"] = left_out
+    return frame
 
 # %% ../../nbs/03_loaders.ipynb #9997c241
 def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> pd.DataFrame:
