@@ -64,6 +64,13 @@ def test_load_shop_passes_settings_and_seed():
         data.load("shop", querys=4)
 
 
+def test_a_named_frame_says_what_its_labels_are_and_a_file_of_your_own_does_not(tmp_path):
+    shop = data.load("shop", queries=4, items=200, candidates=10)
+    assert shop.attrs == {"gain": "exponential", "highest_grade": 3} and (shop["true_label"] * 3 == shop["grade"]).all()
+    shop.to_parquet(tmp_path / "mine.parquet")
+    assert data.load(tmp_path / "mine.parquet").attrs == {}
+
+
 def test_load_by_path(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("query,text_b,label\nmug,Mug red,1\n")
@@ -94,6 +101,10 @@ def test_unknown_names_and_missing_files(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="files that end in '' are not read"):
         (tmp_path / "log").write_text("x")
         data.load("log")
+    (tmp_path / "logs").mkdir()
+    for path in ("logs", tmp_path / "logs", "logs/"):
+        with pytest.raises(ValueError, match="logs: a folder, not a file"):
+            data.load(path)
 
 
 @given(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=10))

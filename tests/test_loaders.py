@@ -1,12 +1,16 @@
 """The loaders on small files of the published shape, on the real bytes where they are on this machine, and on files that are wrong."""
 
+import gzip
 import hashlib
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,6 +130,18 @@ BAD_FILES = {
     "day_or_month.csv": (b"text_a,text_b,label,timestamp\nm,M,1,2026-01-31\nm,M,1,01/02/2026\n", "row 1 ('01/02/2026')"),
     "seconds.csv": (b"text_a,text_b,label,timestamp\nm,M,1,1767225600\n", "must be ISO 8601"),
     "log.xlsx": (b"PK", "files that end in '.xlsx' are not read; expected .csv, .tsv or .parquet"),
+    "short_row.csv": (
+        GOOD.encode() + b"cup,Cup blue\n",
+        "2 fields at line 3, the header has 3; the file is cut short",
+    ),
+    "cut.csv": (GOOD.encode() * 1 + b"cup", "1 field at line 3, the header has 3"),
+    "cut.tsv": (b"text_a\ttext_b\tlabel\nmug\tMug\t1\ncup\tCu", "2 fields at line 3, the header has 3"),
+    "quoted_short_row.csv": (GOOD.encode() + b'"a\nb",cup\nmug,Mug,1\n', "2 fields at line 4, the header has 3"),
+    "blank_lines.csv": (b"\n\n\n", "the file has no header line"),
+    "doubled_after_blank.csv": (b"\ntext_a,text_b,label,label\nmug,Mug,1,1\n", "column 'label' appears more than once"),
+    "gzip.csv": (gzip.compress(GOOD.encode()), "not utf-8 at line 1, byte 2 (0x8b)"),
+    "log.csv.gz": (gzip.compress(GOOD.encode()), "files that end in '.gz' are not read"),
+    "zeros.csv": (bytes(64), "is missing"),
     "empty.parquet": (b"", "not a readable Parquet file"),
     "text.parquet": (GOOD.encode(), "not a readable Parquet file"),
 }
@@ -146,6 +162,34 @@ def test_truncated_parquet(tmp_path, kept):
     pd.DataFrame({"text_a": ["a"] * 99, "text_b": ["b"] * 99, "label": 1.0}).to_parquet(path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     assert "x.parquet: not a readable Parquet file, perhaps cut short" in refusal(load_file, path)
+
+
+def test_a_last_column_that_may_be_empty_is_no_short_row(tmp_path):
+    (tmp_path / "x.csv").write_text("text_a,text_b,label,brand\nmug,Mug,1,\n\ncup,Cup,0,Acme\n")
+    assert load_file(tmp_path / "x.csv")["brand"].isna().tolist() == [True, False]
+
+
+def test_other_encodings_that_do_not_fit(tmp_path):
+    (tmp_path / "x.csv").write_bytes("text_a,text_b,label\nthé,Théière,1\n".encode("utf-16-le"))
+    for encoding in ("utf-16", "utf-32", "ascii", "utf-8"):  # UTF-16 without its mark is no error in Latin-1: its columns are
+        message = refusal(load_file, tmp_path / "x.csv", encoding=encoding)
+        assert str(tmp_path / "x.csv") in message and (encoding in message or "is missing" in message)
+    (tmp_path / "odd.csv").write_bytes("text_a,text_b,label\nthé,Théière,1\n".encode("utf-16")[:-1])
+    assert "odd.csv: not utf-16 at" in refusal(load_file, tmp_path / "odd.csv", encoding="utf-16")
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    for name in ("x.csv", "x.tsv", "x.parquet", "Broad_Query_Set_individual_ratings.csv"):
+        (tmp_path / name).mkdir()
+    for name in ("x.csv", "x.tsv", "x.parquet"):
+        assert f"{tmp_path / name}: a folder, not a file" in refusal(load_file, tmp_path / name)
+    assert "a folder, not a file; folder= must hold" in refusal(load_chorus, folder=tmp_path)
+
+
+def test_parquet_with_a_column_twice(tmp_path):
+    columns = ["text_a", "text_b", "label", "label"]
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"]), pa.array([1.0]), pa.array([0.0])], names=columns), tmp_path / "x.parquet")
+    assert "x.parquet: column 'label' appears more than once" in refusal(load_file, tmp_path / "x.parquet")
 
 
 def test_missing_file(tmp_path):
@@ -217,7 +261,11 @@ def test_chorus_refusals(tmp_path):
     write_chorus(tmp_path, [*JUDGED, ("cup", 99, "1,1,1,1")])
     assert "1 judged products are not in the catalogue, the first is '99'" in refusal(load_chorus, folder=tmp_path)
     write_chorus(tmp_path, [*JUDGED, ("cup", 13, "1,1,1,7")])
-    assert "grades must be 0, 1, 2 or 3; row 4 has [7, 1, 1, 1]" in refusal(load_chorus, folder=tmp_path)
+    assert "grades must be 0, 1, 2 or 3; row 4 has 7, 1, 1, 1" in refusal(load_chorus, folder=tmp_path)
+    write_chorus(tmp_path, [*JUDGED, ("cup", 13, "1,1,,2")])
+    assert "grades must be 0, 1, 2 or 3; row 4 has 2.0, 1.0, 1.0, nan" in refusal(load_chorus, folder=tmp_path)
+    write_chorus(tmp_path, [*JUDGED, ("cup", 13, "1,1,1,good")])
+    assert "grades must be 0, 1, 2 or 3; row 4 has good, 1, 1, 1" in refusal(load_chorus, folder=tmp_path)
     (tmp_path / "2.json.zip").unlink()
     write = (tmp_path / "Broad_Query_Set_individual_ratings.csv").write_text
     write(RATINGS + "cup,10,x,,1,1,1,1\n")
@@ -233,6 +281,51 @@ def zip_of(*members: tuple[str, bytes]):
                 archive.writestr(name, content)
 
     return write
+
+
+def changed(offset: int, value: bytes, *, deflated=True):
+    """A zip of the good member with bytes changed in both of its headers, `offset` counted as in the central one."""
+
+    def write(path):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED) as archive:
+            archive.writestr("1.json", json.dumps([PRODUCTS[0]] * 50))
+        content = bytearray(path.read_bytes())
+        central = content.rindex(b"PK\x01\x02")
+        for start in (central + offset, offset - 2):
+            content[start : start + len(value)] = value
+        path.write_bytes(content)
+
+    return write
+
+
+def with_method(method: int):
+    def write(path):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("1.json", json.dumps([PRODUCTS[0]]))
+
+    return write
+
+
+def bomb(path):
+    """Some 30 KB that unpack to 32 MB, as the header says."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.json", b"[" + b" " * (32 << 20) + b"]")
+
+
+def lying_bomb(path):
+    """The same, but both headers say 100 bytes."""
+    bomb(path)
+    content = bytearray(path.read_bytes())
+    central = content.rindex(b"PK\x01\x02")
+    for start in (central + 24, 22):
+        content[start : start + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def nested(path):
+    write_chorus(path.parent)
+    inner = path.read_bytes()
+    zip_of(("1.json", inner))(path)
 
 
 def cut(path):
@@ -256,14 +349,42 @@ BAD_ZIPS = {
     "other JSON": zip_of(("1.json", b'{"id": "10"}')),
     "products without title": zip_of(("1.json", b'[{"id": "10", "price": 1}]')),
     "not UTF-8": zip_of(("1.json", b'["\xff\xfe\xfa"]')),
+    "encrypted": changed(8, b"\x01"),
+    "strongly encrypted": changed(8, b"\x41"),
+    "patched data": changed(8, b"\x20"),
+    "unknown method": changed(10, b"\x63"),
+    "unknown version": changed(6, b"\xff"),
+    "bzip2": with_method(zipfile.ZIP_BZIP2),
+    "LZMA": with_method(zipfile.ZIP_LZMA),
+    "bomb": bomb,
+    "bomb that lies": lying_bomb,
+    "wrong length": changed(24, b"\x05\x00\x00\x00", deflated=False),
+    "wrong checksum": changed(16, b"\x05\x00\x00\x00"),
+    "nested": nested,
+    "another member": zip_of(("products.json", json.dumps(PRODUCTS[:1]).encode())),
+    "absolute member": zip_of(("/1.json", json.dumps(PRODUCTS[:1]).encode())),
+    "member above": zip_of(("../1.json", json.dumps(PRODUCTS[:1]).encode())),
+    "a folder inside": zip_of(("1.json/", b"")),
+    "many members": zip_of(*((f"{number}.json", b"[]") for number in range(300))),
+    "deep JSON": zip_of(("1.json", b"[" * 100_000)),
+    "long number": zip_of(("1.json", b'[{"id": "10", "title": "Mug", "price": ' + b"9" * 5000 + b"}]")),
+    "price in words": zip_of(("1.json", b'[{"id": "10", "title": "Mug", "price": "cheap"}]')),
+    "title without text": zip_of(("1.json", b'[{"id": "10", "title": ["Mug"], "price": 1}]')),
+    "products that are none": zip_of(("1.json", b'["Mug"]')),
+    "null": zip_of(("1.json", b"null")),
 }
 
 
 @pytest.mark.parametrize("kind", list(BAD_ZIPS))
-def test_chorus_bad_zip_is_one_clear_error(tmp_path, kind):
+def test_chorus_bad_zip_is_one_clear_error(tmp_path, kind, monkeypatch):
     before = files_under(write_chorus(tmp_path))
+    monkeypatch.setattr(loaders, "_LARGEST_PART", 1 << 20)
     BAD_ZIPS[kind](tmp_path / "1.json.zip")
+    tracemalloc.start()
     message = refusal(load_chorus, folder=tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 << 20 and len(message) < 400
     assert f"{tmp_path / '1.json.zip'}: not a zip of one JSON file of products" in message
     assert files_under(tmp_path) == before
 
@@ -569,6 +690,20 @@ def test_retail_refusals(tmp_path):
     assert "column 'Price' is missing" in refusal(online_retail_lines, folder=tmp_path)
     write_retail(tmp_path, first=[(*FIRST[0][:4], "1 May 2010", *FIRST[0][5:])])
     assert "InvoiceDate must be like 2010-12-01 08:26:00; row 0 is '1 May 2010 10:00:00'" in refusal(online_retail_lines, folder=tmp_path)
+    for column, value, expected in [
+        ("Quantity", 2.5, "Quantity must be a whole number in every row; row 0 has 2.5"),
+        ("Quantity", None, "Quantity must be a whole number in every row; row 0 has nan"),
+        ("Price", "dear", "Price must be a number in every row; row 0 has 'dear'"),
+        ("Price", float("inf"), "Price must be a number in every row; row 0 has inf"),
+        ("Customer ID", "Ann", "Customer ID must be a whole number in every row; row 0 has 'Ann'"),
+        ("Customer ID", 7.5, "Customer ID must be a whole number in every row; row 0 has 7.5"),
+    ]:
+        path = write_retail(tmp_path) / "online_retail_2009_2010.parquet"
+        table = pd.read_parquet(path)
+        table[column] = pd.Series([value, *table[column][1:]], dtype=object).map(lambda x, v=value: str(x) if isinstance(v, str) else x)
+        table.to_parquet(path)
+        message = refusal(online_retail_lines, folder=tmp_path)
+        assert expected in message and str(path) in message
     cut(write_retail(tmp_path) / "online_retail_2010_2011.parquet")
     assert "2010_2011.parquet: not a readable Parquet file" in refusal(online_retail_lines, folder=tmp_path)
 
@@ -626,6 +761,21 @@ def test_obd_rows_by_hand(tmp_path):
     assert frame["position"].tolist() == [3, 1] and frame["propensity"].tolist() == [0.25, 0.5]
     assert frame["timestamp"].tolist() == [pd.Timestamp("2019-11-24 00:00:34.5"), pd.Timestamp("2019-11-24 00:00:35")]
     assert frame["user_id"].tolist() == ["aaaaaa-bbbbbb-cccccc-dddddd", "aaaaaa-bbbbbb-cccccc-123456"]
+    assert frame.attrs == {"gain": "linear"}
+    whole = (folder / "men.csv").read_text()
+    for old, new, expected in [
+        (",1,1,0.5,", ",1,2,0.5,", "click must be 0 or 1; row 1 has 2"),
+        (",1,1,0.5,", ",1,yes,0.5,", "click must be a whole number in every row; row 1 has 'yes'"),
+        (",0,1,1,0.5,", ",9,1,1,0.5,", "1 values of item_id are not described in the data set's other file, the first is '9'"),
+    ]:
+        (folder / "men.csv").write_text(whole.replace(old, new))
+        message = refusal(load_obd, policy="bts", campaign="men", folder=tmp_path)
+        assert expected in message and str(folder / "men.csv") in message
+    (folder / "men.csv").write_text(whole)
+    (folder / "item_context.csv").write_text(items + "0,0,x,eeeeeeee,ffffffff,00000000\n1,1,1.5,11111111,22222222,33333333\n")
+    assert "item_feature_0 must be a number in every row; row 0 has 'x'" in refusal(load_obd, policy="bts", campaign="men", folder=tmp_path)
+    (folder / "item_context.csv").write_text(items + "0,0,1,e,f,0\n1,1,1.5,1,2,3\n2,1,1.5,1,2,3\n")
+    assert "describes item_id '1' more than once" in refusal(load_obd, policy="bts", campaign="men", folder=tmp_path)
     assert "policy is 'ts', expected one of 'random', 'bts'" in refusal(load_obd, policy="ts", folder=tmp_path)
     assert "campaign is 'kids'" in refusal(load_obd, campaign="kids", folder=tmp_path)
 
@@ -729,6 +879,23 @@ def test_esci_rows_by_hand(tmp_path):
     assert load_esci(folder=tmp_path, locale="es")["text_b"].tolist() == ["Concentrador"]
     assert load_esci(folder=tmp_path, split="test")["sample_id"].tolist() == ["esci:3"]
     assert load_esci(folder=tmp_path, text="title and description")["text_b"].tolist() == ["Hub. 4 ports", "Cable", "Vase"]
+
+
+def test_frames_say_what_their_labels_are_to_ndcg(tmp_path):
+    """ESCI's labels are gains as published; the others' are grades divided by the highest, or 0 and 1."""
+    for part in ("chorus", "retail", "wands", "esci"):
+        (tmp_path / part).mkdir()
+    frames = [
+        load_chorus(folder=write_chorus(tmp_path / "chorus")),
+        load_wands(folder=write_wands(tmp_path / "wands")),
+        load_esci(folder=write_esci(tmp_path / "esci")),
+        load_online_retail(folder=write_retail(tmp_path / "retail")),
+    ]
+    assert [frame.attrs.get("gain") for frame in frames] == ["exponential", "exponential", "linear", "linear"]
+    assert [frame.attrs.get("highest_grade") for frame in frames] == [3, 2, None, None]
+    chorus, wands = frames[:2]
+    assert (chorus["label"] * 3 == chorus["grade"]).all() and (wands["label"] * 2 == wands["grade"]).all()
+    assert frames[2][frames[2]["query_id"] == "5"].attrs["gain"] == "linear"  # a part of a frame still says so
 
 
 def test_esci_refusals(tmp_path):

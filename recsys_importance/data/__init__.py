@@ -57,14 +57,17 @@ def __dir__() -> list[str]:
 
 # %% ../../nbs/08_data.ipynb #624c5b77
 def _shop(*, seed: int = 0, **settings):
-    return __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
+    frame = __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
+    frame.attrs |= __getattr__("DATASETS")["shop"].labels
+    return frame
 
 
 def load(name_or_path, **options):
     """A data set of the registry by name, or your own .csv, .tsv or .parquet file by path, as the tidy frame.
 
     options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd),
-    the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows.
+    the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows; that of a
+    named data set says in its `attrs` what its labels are to NDCG: gain "linear", or "exponential" with highest_grade.
     Raises DatasetUnavailable if a named data set is not on this machine and cannot be downloaded; ValueError for an unknown name,
     naming the nearest one, and for a file that is wrong.
     """

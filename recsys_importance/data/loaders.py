@@ -6,8 +6,10 @@
 __all__ = ['load_file', 'load_chorus', 'online_retail_lines', 'load_online_retail', 'load_obd', 'load_wands', 'load_esci']
 
 # %% ../../nbs/03_loaders.ipynb #9ec315d4
+import codecs
 import csv
 import json
+import struct
 import textwrap
 import warnings
 import zipfile
@@ -23,7 +25,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 
 from .frame import OPTIONAL, REQUIRED, validate
-from .registry import _nearest, fetch
+from .registry import DATASETS, _nearest, fetch
 
 # %% ../../nbs/03_loaders.ipynb #5e0eaafe
 _TEXT_COLUMNS = ("sample_id", "text_a", "text_b", "query_id", "user_id", "item_id")
@@ -32,6 +34,8 @@ _MISSING_NUMBER = ["", "NA", "N/A", "n/a", "nan", "NaN", "null", "NULL", "None",
 
 def _undecodable(path: Path, encoding: str) -> str:
     """Where the file stops being `encoding`, for the error message."""
+    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):  # a line does not end with one byte there
+        return "some byte"
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -43,37 +47,66 @@ def _undecodable(path: Path, encoding: str) -> str:
 
 
 def _require_columns(path: Path, found, required) -> None:
+    """ValueError unless the file's columns hold the required ones, each column once."""
+    found = list(map(str, found))
+    twice = sorted({column for column in found if found.count(column) > 1})
+    if twice:
+        raise ValueError(f"{path}: column {', '.join(map(repr, twice))} appears more than once in the header")
     missing = [column for column in required if column not in found]
     if missing:
-        raise ValueError(
-            f"{path}: column {', '.join(map(repr, missing))} is missing (columns found: {', '.join(map(str, found)) or 'none'})"
-        )
+        raise ValueError(f"{path}: column {', '.join(map(repr, missing))} is missing (columns found: {', '.join(found) or 'none'})")
 
 
+def _require_file(path: Path, hint: str = "") -> None:
+    if not path.is_file():
+        state = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {state}{hint}")
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab1
+def _header(path: Path, codec: str, separator: str) -> list[str]:
+    with open(path, encoding=codec, newline="") as stream:
+        return next((row for row in csv.reader(stream, delimiter=separator) if row), [])  # blank lines are skipped by pandas too
+
+
+def _require_whole_rows(path: Path, codec: str, separator: str, fields: int) -> None:
+    """ValueError for the first row with fewer fields than the header: pandas would fill it up with missing values."""
+    with open(path, encoding=codec, newline="") as stream:
+        reader = csv.reader(stream, delimiter=separator)
+        for row in reader:
+            if row and len(row) < fields:
+                found = f"{len(row)} field{'s' * (len(row) > 1)} at line {reader.line_num}"
+                raise ValueError(f"{path}: {found}, the header has {fields}; the file is cut short or the line is damaged")
+
+
+def _table(path: Path, codec: str, *, required, text, separator: str, only) -> pd.DataFrame:
+    header = _header(path, codec, separator)
+    _require_columns(path, header, required)
+    numbers = [column for column in (*REQUIRED, *OPTIONAL) if column not in text]
+    missing = {column: _MISSING_NUMBER if column in numbers else [""] for column in header}
+    options = dict(dtype=dict.fromkeys(text, "str"), keep_default_na=False, na_values=missing, index_col=False, low_memory=False)
+    wanted = None if only is None else {*only, header[-1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has
+        table = pd.read_csv(path, sep=separator, encoding=codec, usecols=wanted, **options)
+    if len(table) and table[header[-1]].isna().any():  # in a short row the last field is missing
+        _require_whole_rows(path, codec, separator, len(header))
+    return table if only is None else table[[column for column in header if column in only]]
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab3
 def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", encoding="utf-8", only=None) -> pd.DataFrame:
     """The table with the columns `text` as text; `only` limits the columns read. Raises ValueError naming the file and the line."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected a header line and at least one row")
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding  # with or without a byte order mark
     try:
-        with open(path, encoding=codec, newline="") as stream:
-            header = next(csv.reader(stream, delimiter=separator), [])
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise ValueError(f"{path}: column {', '.join(map(repr, twice))} appears more than once in the header")
-        _require_columns(path, header, required)
-        numbers = [column for column in (*REQUIRED, *OPTIONAL) if column not in text]
-        missing = {column: _MISSING_NUMBER if column in numbers else [""] for column in header}
-        options = dict(dtype=dict.fromkeys(text, "str"), keep_default_na=False, na_values=missing, index_col=False, low_memory=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has
-            return pd.read_csv(path, sep=separator, encoding=codec, usecols=only, **options)
-    except UnicodeDecodeError:
-        place = _undecodable(path, codec)
+        return _table(path, codec, required=required, text=text, separator=separator, only=only)
+    except UnicodeError:
         hint = "save the file in one encoding, or name it, for example encoding='cp1252' or encoding='utf-16'"
-        raise ValueError(f"{path}: not {encoding} at {place}; {hint}") from None
+        raise ValueError(f"{path}: not {encoding} at {_undecodable(path, codec)}; {hint}") from None
     except LookupError:
         raise ValueError(f"{path}: no encoding is called {encoding!r}; for example 'utf-8', 'cp1252', 'gb18030'") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: the file has no header line; expected one and at least one row") from None
     except pd.errors.ParserWarning:
         raise ValueError(f"{path}: the rows have more fields than the header; quote the fields that contain {separator!r}") from None
     except (pd.errors.ParserError, csv.Error) as error:
@@ -84,8 +117,8 @@ def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", enc
 def _read_parquet(path: Path, *, required=(), columns=None, where=None, text=()) -> pd.DataFrame:
     """The table, or only `columns` of the rows that fulfil the arrow expression `where`. Raises ValueError naming the file."""
     try:
+        _require_columns(path, pa.parquet.read_schema(path).names, required)
         data = pa.dataset.dataset(path, format="parquet")
-        _require_columns(path, data.schema.names, required)
         table = data.to_table(columns=columns, filter=where)
         for column in [name for name in table.column_names if name in text]:
             table = table.set_column(table.column_names.index(column), column, table[column].cast(pa.string()))
@@ -93,6 +126,20 @@ def _read_parquet(path: Path, *, required=(), columns=None, where=None, text=())
     except (pa.ArrowException, OSError) as error:
         reason = textwrap.shorten(str(error).replace(str(path), path.name), 120, placeholder="...")
         raise ValueError(f"{path}: not a readable Parquet file, perhaps cut short ({reason})") from None
+
+
+def _require_numbers(path: Path, table: pd.DataFrame, columns, *, whole: bool = False) -> pd.DataFrame:
+    """The table with these columns as float64, or int64 if `whole`. ValueError for the first value that is no such number."""
+    table = table.copy()
+    for column in columns:
+        number = pd.to_numeric(table[column], errors="coerce").astype("float64")
+        wrong = ~np.isfinite(number) | ((number != number.round()) if whole else False)
+        if wrong.any():
+            kind = "whole number" if whole else "number"
+            value = table[column].astype(object)[wrong.idxmax()]
+            raise ValueError(f"{path}: {column} must be a {kind} in every row; row {wrong.idxmax()} has {value!r}")
+        table[column] = number.astype("int64") if whole else number
+    return table
 
 # %% ../../nbs/03_loaders.ipynb #85f42d3d
 def _iso_timestamps(values: pd.Series, source) -> pd.Series:
@@ -123,8 +170,7 @@ def load_file(path, *, columns: dict[str, str] | None = None, encoding: str = "u
     for name in columns:
         if name not in known:
             raise ValueError(f"columns: {name!r} is not a column of the frame; {_nearest(name, known)}")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    _require_file(path)
     text = {columns.get(name, name) for name in _TEXT_COLUMNS}
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
@@ -153,26 +199,77 @@ def _path(key: str, folder) -> Path:
     if folder is None:
         return fetch(key)
     path = Path(folder) / key.split("/", 1)[1]
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; folder= must hold the files of the data set under their names in the registry")
+    _require_file(path, "; folder= must hold the files of the data set under their names in the registry")
     return path
 
+
+def _tidy(frame: pd.DataFrame, name: str, *, source: str | None = None) -> pd.DataFrame:
+    """The validated frame of a data set, with its kind of label in `attrs`: gain, and highest_grade where labels are grades."""
+    frame = validate(frame, source=source or name)
+    frame.attrs |= DATASETS[name].labels
+    return frame
+
+# %% ../../nbs/03_loaders.ipynb #f4f4e5b1
+def _grades(labels: pd.Series, scale: dict, path) -> pd.Series:
+    values = labels.map(scale)
+    if values.isna().any():
+        row = values.isna().idxmax()
+        raise ValueError(f"{path}: labels must be {', '.join(scale)}; row {row} has {labels[row]!r}")
+    return values
+
+
+def _joined(left: pd.DataFrame, right: pd.DataFrame, key: str, path) -> pd.DataFrame:
+    """Left join in which every key must be found and is unique on the right."""
+    if (twice := right[key][right[key].duplicated()]).any():
+        raise ValueError(f"{path}: the data set's other file describes {key} {twice.iloc[0]!r} more than once")
+    rows = left.merge(right, on=key, how="left", validate="many_to_one", indicator=True)
+    lost = rows.loc[rows["_merge"] == "left_only", key]
+    if len(lost):
+        raise ValueError(
+            f"{path}: {lost.nunique()} values of {key} are not described in the data set's other file, the first is {lost.iloc[0]!r}"
+        )
+    return rows.drop(columns="_merge")
+
 # %% ../../nbs/03_loaders.ipynb #c0f0b520
+_LARGEST_PART = 64 << 20  # bytes of an unpacked part of the catalogue; the published ones have 8 MB at most
+_FIELDS = {"id": (str, int), "title": str, "price": (int, float), "short_description": (str, type(None)), "supplier": (str, type(None))}
+
+
+def _unpacked(path: Path) -> bytes:
+    """The one file in a zip, which has the zip's name without .zip; never more than `_LARGEST_PART` bytes are unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if [member.filename for member in members] != [path.stem]:
+            found = textwrap.shorten(repr([member.filename for member in members[:3]]), 80, placeholder="...")
+            raise ValueError(f"expected {path.stem} in it and nothing else, found {len(members)} members: {found}")
+        if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # only these are unpacked piece by piece
+            raise ValueError(f"compression method {members[0].compress_type} is not read")
+        with archive.open(members[0]) as stream:
+            content = stream.read(_LARGEST_PART + 1)
+    if len(content) > _LARGEST_PART:
+        raise ValueError(f"it unpacks to more than {_LARGEST_PART >> 20} MB")
+    return content
+
+
 def _catalogue(path: Path) -> list[dict]:
     """The JSON list in a zip of one file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = archive.namelist()
-            products = json.loads(archive.read(name))
-        if not isinstance(products, list) or not all(
-            isinstance(product, dict) and {"id", "title", "price"} <= set(product) for product in products
-        ):
+        products = json.loads(_unpacked(path))
+        if not isinstance(products, list):
             raise ValueError("expected a list of products with id, title and price")
-        return products
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a zip of one JSON file of products, perhaps cut short ({error})") from None
+        for number, product in enumerate(products):
+            if not isinstance(product, dict) or not {"id", "title", "price"} <= set(product):
+                raise ValueError(f"expected products with id, title and price; number {number} is not one")
+            for field, kind in _FIELDS.items():
+                if not isinstance(product.get(field), kind) or isinstance(product.get(field), bool):
+                    raise ValueError(f"{field} of product number {number} is a {type(product[field]).__name__}")
+        return [{field: product.get(field) for field in _FIELDS} for product in products]
+    # zipfile: RuntimeError for an encrypted member, NotImplementedError for an unknown format; json: RecursionError for a deep nesting.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError, struct.error, OSError) as error:
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
+        raise ValueError(f"{path}: not a zip of one JSON file of products, perhaps cut short ({reason})") from None
 
-
+# %% ../../nbs/03_loaders.ipynb #c0f0b5b1
 def _choose(value: str, allowed, *, option: str) -> None:
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
@@ -197,13 +294,13 @@ def load_chorus(*, text: str = "title", folder=None) -> pd.DataFrame:
     ratings = _read_csv(path, required=("query", "docid", "name", *grades), text=("query", "docid", "name", "description")).rename(
         columns=grades
     )
-    wrong = ratings[~ratings[list(grades.values())].isin([0, 1, 2, 3]).all(axis=1)]
+    numbers = ratings[list(grades.values())].apply(pd.to_numeric, errors="coerce")
+    wrong = ratings.loc[~numbers.isin([0, 1, 2, 3]).all(axis=1), list(grades.values())]
     if len(wrong):
-        grade = [int(value) for value in wrong.iloc[0][list(grades.values())]]
-        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {grade}")
+        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {', '.join(map(str, wrong.iloc[0]))}")
+    ratings = ratings.assign(**numbers.astype("int64"))
     parts = [_catalogue(_path(f"chorus/{part}.json.zip", folder)) for part in (1, 2, 3, 4)]
-    fields = ["id", "title", "short_description", "supplier", "price"]
-    products = pd.DataFrame([product for part in parts for product in part], columns=fields).astype({"id": "str"})
+    products = pd.DataFrame([product for part in parts for product in part], columns=list(_FIELDS)).astype({"id": "str"})
     rows = ratings.merge(products.drop_duplicates("id"), how="left", left_on="docid", right_on="id", indicator=True)
     unknown = rows.loc[rows["_merge"] == "left_only", "docid"]
     if len(unknown):
@@ -220,7 +317,7 @@ def load_chorus(*, text: str = "title", folder=None) -> pd.DataFrame:
             "price": rows["price"] / 100,
         }
     ).join(rows[[*grades.values(), "name", "supplier"]])
-    return validate(frame, source="chorus")
+    return _tidy(frame, "chorus")
 
 # %% ../../nbs/03_loaders.ipynb #1ebbbe2f
 _RETAIL_FILES = {
@@ -235,6 +332,9 @@ def _retail_file(key: str, names, folder) -> pd.DataFrame:
     path, (invoice, price, user) = _path(key, folder), names
     required = [invoice, "StockCode", "Description", "Quantity", "InvoiceDate", price, user, "Country"]
     raw = _read_parquet(path, required=required, columns=required)
+    raw = _require_numbers(path, _require_numbers(path, raw, ["Quantity"], whole=True), [price])
+    known = raw[user].notna()
+    raw.loc[known, user] = _require_numbers(path, raw[known], [user], whole=True)[user]
     time = pd.to_datetime(raw["InvoiceDate"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
     if time.isna().any():
         row = time.isna().idxmax()
@@ -430,9 +530,7 @@ def _negatives(bought: pd.DataFrame, lines: pd.DataFrame, first_sold: np.ndarray
     on_sale = np.searchsorted(first_sold, moment, side="right")  # items are numbered in the order of their first sale
     enough = (free := _free(known, user, bill, moment, on_sale, negatives)) >= negatives
     if len(free) and not enough.any():
-        raise ValueError(
-            f"negatives is {negatives}, but at no purchase were there more than {free.max()} products to draw from"
-        )
+        raise ValueError(f"negatives is {negatives}, but at no purchase were there more than {free.max()} products to draw from")
     return enough, _drawn(known, user[enough], bill[enough], moment[enough], on_sale[enough], negatives, generator)
 
 # %% ../../nbs/03_loaders.ipynb #7d20b1a8
@@ -509,7 +607,7 @@ def load_online_retail(
         first_sold = sales.drop_duplicates("item")["moment"].to_numpy()
         enough, drawn = _negatives(bought, lines, first_sold, negatives, generator)
         bought, held, left_out = bought[enough].reset_index(drop=True), held[enough], int((~enough).sum())
-    frame = validate(_behaviour(bought, held, drawn, sales), source="online_retail")
+    frame = _tidy(_behaviour(bought, held, drawn, sales), "online_retail")
     frame.attrs["purchases_left_out"] = left_out
     return frame
 
@@ -529,19 +627,21 @@ def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> p
     user_features = [f"user_feature_{i}" for i in range(4)]
     item_features = [f"item_feature_{i}" for i in range(1, 4)]
     columns = ["timestamp", "item_id", "position", "click", "propensity_score", *user_features]
-    impressions = _read_csv(
-        _path(f"obd/{policy}/{campaign}/{campaign}.csv", folder), required=columns, text=("item_id", *user_features), only=columns
-    )
+    log = _path(f"obd/{policy}/{campaign}/{campaign}.csv", folder)
+    impressions = _read_csv(log, required=columns, text=("item_id", *user_features), only=columns)
+    impressions = _require_numbers(log, impressions, ["click", "position"], whole=True)
+    if (wrong := ~impressions["click"].isin([0, 1])).any():
+        raise ValueError(f"{log}: click must be 0 or 1; row {wrong.idxmax()} has {impressions['click'][wrong.idxmax()]}")
     context = ["item_id", "item_feature_0", *item_features]
-    items = _read_csv(
-        _path(f"obd/{policy}/{campaign}/item_context.csv", folder), required=context, text=("item_id", *item_features), only=context
-    )
+    about = _path(f"obd/{policy}/{campaign}/item_context.csv", folder)
+    items = _read_csv(about, required=context, text=("item_id", *item_features), only=context)
+    items = _require_numbers(about, items, ["item_feature_0"])
     tokens = items[item_features].apply(lambda hashed: hashed.str[:6])
     value = items["item_feature_0"].map("{:+.2f}".format)
     items["text"] = (
         "item " + items["item_id"] + " value " + value + " " + tokens.iloc[:, 0] + " " + tokens.iloc[:, 1] + " " + tokens.iloc[:, 2]
     )
-    rows = impressions.merge(items[["item_id", "text"]], on="item_id", how="left")
+    rows = _joined(impressions, items[["item_id", "text"]], "item_id", log)
     profile = rows[user_features].apply(lambda hashed: hashed.str[:6])
     user_id = profile.iloc[:, 0] + "-" + profile.iloc[:, 1] + "-" + profile.iloc[:, 2] + "-" + profile.iloc[:, 3]
     frame = pd.DataFrame(
@@ -558,28 +658,9 @@ def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> p
             "clicked": rows["click"],
         }
     )
-    return validate(frame, source="obd")
+    return _tidy(frame, "obd")
 
 # %% ../../nbs/03_loaders.ipynb #75100e02
-def _grades(labels: pd.Series, scale: dict, path) -> pd.Series:
-    values = labels.map(scale)
-    if values.isna().any():
-        row = values.isna().idxmax()
-        raise ValueError(f"{path}: labels must be {', '.join(scale)}; row {row} has {labels[row]!r}")
-    return values
-
-
-def _joined(left: pd.DataFrame, right: pd.DataFrame, key: str, path) -> pd.DataFrame:
-    """Left join in which every key must be found and is unique on the right."""
-    rows = left.merge(right, on=key, how="left", validate="many_to_one", indicator=True)
-    lost = rows.loc[rows["_merge"] == "left_only", key]
-    if len(lost):
-        raise ValueError(
-            f"{path}: {lost.nunique()} values of {key} are not described in the data set's other file, the first is {lost.iloc[0]!r}"
-        )
-    return rows.drop(columns="_merge")
-
-
 def load_wands(*, text: str = "name", folder=None) -> pd.DataFrame:
     """WANDS: one row per judged pair of a query and a Wayfair product.
 
@@ -615,7 +696,7 @@ def load_wands(*, text: str = "name", folder=None) -> pd.DataFrame:
             "product_class": rows["product_class"],
         }
     )
-    return validate(frame, source="wands")
+    return _tidy(frame, "wands")
 
 # %% ../../nbs/03_loaders.ipynb #e9fa0d01
 _ESCI_GAIN = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
@@ -626,7 +707,8 @@ def load_esci(*, locale: str = "us", version: str = "small", split: str | None =
 
     locale: "us", "es" or "jp". version: "small" (the difficult queries of the ranking task) or "large". split: "train", "test" or both.
     text: what text_b holds, "title" or "title and description". folder: read the two Parquet files there, unverified.
-    label is the paper's gain: 1.0 exact, 0.1 substitute, 0.01 complement, 0.0 irrelevant. Further columns: query_id, item_id,
+    label is the paper's gain, which NDCG takes as it is (attrs["gain"] is "linear"): 1.0 exact, 0.1 substitute, 0.01 complement, 0.0
+    irrelevant. Further columns: query_id, item_id,
     esci_label (E, S, C, I), split, brand (may be missing).
     Raises DatasetUnavailable if the files cannot be had, ValueError for an unknown option, a damaged file or no matching rows.
     Source: arXiv:2206.06588.
@@ -663,4 +745,4 @@ def load_esci(*, locale: str = "us", version: str = "small", split: str | None =
             "brand": rows["product_brand"],
         }
     )
-    return validate(frame, source=f"esci, locale {locale}, {version} version")
+    return _tidy(frame, "esci", source=f"esci, locale {locale}, {version} version")
