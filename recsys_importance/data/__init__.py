@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['load', 'Obtained', 'obtain', 'DATASETS', 'DatasetUnavailable', 'ShopSettings', 'Split', 'card', 'check_no_leakage',
-           'completeness', 'customer_value', 'fetch', 'inject_label_noise', 'load_file', 'online_retail_lines',
-           'require_complete', 'simulate_shop', 'split_by_query', 'split_by_time', 'split_by_user', 'validate',
-           'value_scores']
+           'completeness', 'customer_value', 'fetch', 'fingerprint', 'inject_label_noise', 'load_file',
+           'online_retail_lines', 'require_complete', 'simulate_shop', 'split_by_query', 'split_by_time',
+           'split_by_user', 'validate', 'value_scores']
 
 # %% ../../nbs/08_data.ipynb #91a2d912
 import importlib
@@ -23,6 +23,7 @@ _all_ = [
     "completeness",
     "customer_value",
     "fetch",
+    "fingerprint",
     "inject_label_noise",
     "load_file",
     "online_retail_lines",
@@ -35,7 +36,7 @@ _all_ = [
     "value_scores",
 ]
 _MODULES = {
-    "frame": ("completeness", "require_complete", "validate"),
+    "frame": ("completeness", "fingerprint", "require_complete", "validate"),
     "registry": ("DATASETS", "DatasetUnavailable", "card", "fetch"),
     "loaders": ("load_chorus", "load_esci", "load_file", "load_obd", "load_online_retail", "load_wands", "online_retail_lines"),
     "shop": ("ShopSettings", "simulate_shop"),
