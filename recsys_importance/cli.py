@@ -107,7 +107,7 @@ def study(
         typer.echo(f"study: {notebook.resolve()}", err=True)
         results = run_study(notebook, parameters, folder=target)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(1) from None
     table = pd.DataFrame(results["summary"])
     typer.echo(f"\n{table.to_string(index=False, float_format='{:.4f}'.format, na_rep='')}\n")

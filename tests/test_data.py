@@ -68,7 +68,7 @@ def test_load_shop_passes_settings_and_seed():
 
 def test_a_named_frame_says_what_its_labels_are_and_a_file_of_your_own_does_not(tmp_path):
     shop = data.load("shop", queries=4, items=200, candidates=10)
-    assert shop.attrs == {"gain": "exponential", "highest_grade": 3} and (shop["true_label"] * 3 == shop["grade"]).all()
+    assert shop.attrs == {"highest_grade": 3} and (shop["true_label"] * 3 == shop["grade"]).all()
     shop.to_parquet(tmp_path / "mine.parquet")
     assert data.load(tmp_path / "mine.parquet").attrs == {}
 

@@ -761,7 +761,7 @@ def test_obd_rows_by_hand(tmp_path):
     assert frame["position"].tolist() == [3, 1] and frame["propensity"].tolist() == [0.25, 0.5]
     assert frame["timestamp"].tolist() == [pd.Timestamp("2019-11-24 00:00:34.5"), pd.Timestamp("2019-11-24 00:00:35")]
     assert frame["user_id"].tolist() == ["aaaaaa-bbbbbb-cccccc-dddddd", "aaaaaa-bbbbbb-cccccc-123456"]
-    assert frame.attrs == {"gain": "linear"}
+    assert frame.attrs == {"highest_grade": None}
     whole = (folder / "men.csv").read_text()
     for old, new, expected in [
         (",1,1,0.5,", ",1,2,0.5,", "click must be 0 or 1; row 1 has 2"),
@@ -891,11 +891,10 @@ def test_frames_say_what_their_labels_are_to_ndcg(tmp_path):
         load_esci(folder=write_esci(tmp_path / "esci")),
         load_online_retail(folder=write_retail(tmp_path / "retail")),
     ]
-    assert [frame.attrs.get("gain") for frame in frames] == ["exponential", "exponential", "linear", "linear"]
-    assert [frame.attrs.get("highest_grade") for frame in frames] == [3, 2, None, None]
+    assert [frame.attrs["highest_grade"] for frame in frames] == [3, 2, None, None]
     chorus, wands = frames[:2]
     assert (chorus["label"] * 3 == chorus["grade"]).all() and (wands["label"] * 2 == wands["grade"]).all()
-    assert frames[2][frames[2]["query_id"] == "5"].attrs["gain"] == "linear"  # a part of a frame still says so
+    assert chorus[chorus["query_id"] == "cup"].attrs["highest_grade"] == 3  # a part of a frame still says so
 
 
 def test_esci_refusals(tmp_path):

@@ -59,7 +59,7 @@ def __dir__() -> list[str]:
 # %% ../../nbs/08_data.ipynb #624c5b77
 def _shop(*, seed: int = 0, **settings):
     frame = __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
-    frame.attrs |= __getattr__("DATASETS")["shop"].labels
+    frame.attrs["highest_grade"] = __getattr__("DATASETS")["shop"].highest_grade
     return frame
 
 
@@ -68,7 +68,7 @@ def load(name_or_path, **options):
 
     options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd),
     the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows; that of a
-    named data set says in its `attrs` what its labels are to NDCG: gain "linear", or "exponential" with highest_grade.
+    named data set says in attrs["highest_grade"] what `evaluate` needs to know of its labels (None where they are gains already).
     Raises DatasetUnavailable if a named data set is not on this machine and cannot be downloaded; ValueError for an unknown name,
     naming the nearest one, and for a file that is wrong.
     """

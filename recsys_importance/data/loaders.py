@@ -204,9 +204,9 @@ def _path(key: str, folder) -> Path:
 
 
 def _tidy(frame: pd.DataFrame, name: str, *, source: str | None = None) -> pd.DataFrame:
-    """The validated frame of a data set, with its kind of label in `attrs`: gain, and highest_grade where labels are grades."""
+    """The validated frame of a data set, which says in attrs["highest_grade"] what `evaluate` needs to know of its labels."""
     frame = validate(frame, source=source or name)
-    frame.attrs |= DATASETS[name].labels
+    frame.attrs["highest_grade"] = DATASETS[name].highest_grade
     return frame
 
 # %% ../../nbs/03_loaders.ipynb #f4f4e5b1
@@ -707,7 +707,7 @@ def load_esci(*, locale: str = "us", version: str = "small", split: str | None =
 
     locale: "us", "es" or "jp". version: "small" (the difficult queries of the ranking task) or "large". split: "train", "test" or both.
     text: what text_b holds, "title" or "title and description". folder: read the two Parquet files there, unverified.
-    label is the paper's gain, which NDCG takes as it is (attrs["gain"] is "linear"): 1.0 exact, 0.1 substitute, 0.01 complement, 0.0
+    label is the paper's gain, which NDCG takes as it is (attrs["highest_grade"] is None): 1.0 exact, 0.1 substitute, 0.01 complement, 0.0
     irrelevant. Further columns: query_id, item_id,
     esci_label (E, S, C, I), split, brand (may be missing).
     Raises DatasetUnavailable if the files cannot be had, ValueError for an unknown option, a damaged file or no matching rows.
