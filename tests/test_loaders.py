@@ -100,7 +100,10 @@ def test_byte_order_mark_and_other_encodings(tmp_path):
         path.write_bytes("text_a,text_b,label\nthé,Théière,1\n".encode(encoding))
         frame = load_file(path, encoding=option)
         assert frame.loc[0, ["text_a", "text_b"]].tolist() == ["thé", "Théière"], (encoding, option)
-    assert "no encoding is called 'utf-9'" in refusal(load_file, path, encoding="utf-9")
+    for wrong in ("utf-9", "utf\0", "", 8):
+        assert f"x.csv: no encoding is called {wrong!r}" in refusal(load_file, path, encoding=wrong)
+    assert "x.csv: 'base64' is no encoding of text" in refusal(load_file, path, encoding="base64")
+    assert "x.csv: not undefined at its end" in refusal(load_file, path, encoding="undefined")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
@@ -184,6 +187,24 @@ def test_a_folder_in_place_of_a_file(tmp_path):
     for name in ("x.csv", "x.tsv", "x.parquet"):
         assert f"{tmp_path / name}: a folder, not a file" in refusal(load_file, tmp_path / name)
     assert "a folder, not a file; folder= must hold" in refusal(load_chorus, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([["x"], ["y"]]), "column 'text_a' must be text or numbers, its type is list<element: string>"),
+        (pa.array([{"x": 1}, {"x": 2}]), "column 'text_a' must be text or numbers, its type is struct<x: int64>"),
+        (pa.array([b"\xff", b"a"]), "column 'text_a' must be text or numbers, its type is binary"),
+    ],
+)
+def test_parquet_with_a_text_column_of_another_kind(tmp_path, values, expected):
+    pq.write_table(pa.table({"text_a": values, "text_b": ["a", "b"], "label": [1, 0]}), tmp_path / "x.parquet")
+    assert f"x.parquet: {expected}" in refusal(load_file, tmp_path / "x.parquet")
+
+
+def test_lines_of_blanks_are_no_rows(tmp_path):
+    (tmp_path / "x.csv").write_text("   \n\ntext_a,text_b,label,brand\n  \nmug,Mug,1,\n   \n")
+    assert load_file(tmp_path / "x.csv")["text_a"].tolist() == ["mug"]
 
 
 def test_parquet_with_a_column_twice(tmp_path):

@@ -40,7 +40,9 @@ def _undecodable(path: Path, encoding: str) -> str:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode(encoding)
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
+                if not isinstance(error, UnicodeDecodeError):
+                    break
                 start = error.start + (3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0)
                 return f"line {number}, byte {start + 1} (0x{line[start]:02x})"
     return "its end"
@@ -63,9 +65,14 @@ def _require_file(path: Path, hint: str = "") -> None:
         raise ValueError(f"{path}: {state}{hint}")
 
 # %% ../../nbs/03_loaders.ipynb #5e0eaab1
+def _blank(row: list[str]) -> bool:
+    """Whether pandas skips the line."""
+    return not row or (len(row) == 1 and not row[0].strip())
+
+
 def _header(path: Path, codec: str, separator: str) -> list[str]:
     with open(path, encoding=codec, newline="") as stream:
-        return next((row for row in csv.reader(stream, delimiter=separator) if row), [])  # blank lines are skipped by pandas too
+        return next((row for row in csv.reader(stream, delimiter=separator) if not _blank(row)), [])
 
 
 def _require_whole_rows(path: Path, codec: str, separator: str, fields: int) -> None:
@@ -73,7 +80,7 @@ def _require_whole_rows(path: Path, codec: str, separator: str, fields: int) -> 
     with open(path, encoding=codec, newline="") as stream:
         reader = csv.reader(stream, delimiter=separator)
         for row in reader:
-            if row and len(row) < fields:
+            if not _blank(row) and len(row) < fields:
                 found = f"{len(row)} field{'s' * (len(row) > 1)} at line {reader.line_num}"
                 raise ValueError(f"{path}: {found}, the header has {fields}; the file is cut short or the line is damaged")
 
@@ -97,6 +104,10 @@ def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", enc
     """The table with the columns `text` as text; `only` limits the columns read. Raises ValueError naming the file and the line."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected a header line and at least one row")
+    try:
+        codecs.lookup(encoding)
+    except (LookupError, ValueError, TypeError):
+        raise ValueError(f"{path}: no encoding is called {encoding!r}; for example 'utf-8', 'cp1252', 'gb18030'") from None
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding  # with or without a byte order mark
     try:
         return _table(path, codec, required=required, text=text, separator=separator, only=only)
@@ -104,7 +115,7 @@ def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", enc
         hint = "save the file in one encoding, or name it, for example encoding='cp1252' or encoding='utf-16'"
         raise ValueError(f"{path}: not {encoding} at {_undecodable(path, codec)}; {hint}") from None
     except LookupError:
-        raise ValueError(f"{path}: no encoding is called {encoding!r}; for example 'utf-8', 'cp1252', 'gb18030'") from None
+        raise ValueError(f"{path}: {encoding!r} is no encoding of text; for example 'utf-8', 'cp1252', 'gb18030'") from None
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path}: the file has no header line; expected one and at least one row") from None
     except pd.errors.ParserWarning:
@@ -112,6 +123,17 @@ def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", enc
     except (pd.errors.ParserError, csv.Error) as error:
         reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise ValueError(f"{path}: not a table separated by {separator!r}: {reason}; quote the fields that contain it") from None
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab4
+class _WrongColumn(Exception):
+    pass
+
+
+def _as_text(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowException:
+        raise _WrongColumn(f"column {column!r} must be text or numbers, its type is {values.type}; rewrite the column") from None
 
 
 def _read_parquet(path: Path, *, required=(), columns=None, where=None, text=()) -> pd.DataFrame:
@@ -121,13 +143,15 @@ def _read_parquet(path: Path, *, required=(), columns=None, where=None, text=())
         data = pa.dataset.dataset(path, format="parquet")
         table = data.to_table(columns=columns, filter=where)
         for column in [name for name in table.column_names if name in text]:
-            table = table.set_column(table.column_names.index(column), column, table[column].cast(pa.string()))
+            table = table.set_column(table.column_names.index(column), column, _as_text(table[column], column))
         return table.to_pandas(ignore_metadata=True)
+    except _WrongColumn as error:
+        raise ValueError(f"{path}: {error}") from None
     except (pa.ArrowException, OSError) as error:
         reason = textwrap.shorten(str(error).replace(str(path), path.name), 120, placeholder="...")
         raise ValueError(f"{path}: not a readable Parquet file, perhaps cut short ({reason})") from None
 
-
+# %% ../../nbs/03_loaders.ipynb #5e0eaab5
 def _require_numbers(path: Path, table: pd.DataFrame, columns, *, whole: bool = False) -> pd.DataFrame:
     """The table with these columns as float64, or int64 if `whole`. ValueError for the first value that is no such number."""
     table = table.copy()
