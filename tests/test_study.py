@@ -113,6 +113,33 @@ def test_resumed_computes_once_per_identity_and_survives_a_broken_checkpoint(tmp
     assert len(calls) == 3
 
 
+PROCESS = """
+import sys
+import pandas as pd
+from recsys_importance.study import resumed
+def kind(x):
+    return "known" if x in {"a", "b", "c", "d"} else [y for y in (x, 1.5, None)]
+def compute():
+    return [kind("a"), sys.argv[2]]
+print(resumed(sys.argv[1], "one", {"data": pd.DataFrame({"x": ["a", None]}), "rate": 0.1}, compute)[1])
+"""
+
+
+def test_resumed_recognises_in_another_process_what_it_kept(tmp_path):
+    """Other hash seeds order sets otherwise."""
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", PROCESS, str(tmp_path), word],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()[-1]
+        for word, seed in (("first", "1"), ("second", "2"), ("third", "3"))
+    ]
+    assert shown == ["first"] * 3
+
+
 def in_turn(*values):
     """A computation that gives these values, one a call: its code stays the same."""
     left = list(values)
