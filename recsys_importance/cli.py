@@ -16,20 +16,41 @@ app = typer.Typer(
 )
 
 # %% ../nbs/42_cli.ipynb #d36e8881
-def find_study(name: str) -> Path:
-    """Path of a study's notebook. Raises ValueError naming the studies there are."""
+def _study_folders() -> list[Path]:
+    """Where studies are looked for: the checkout that this package runs from, then the project of the working folder; no other."""
     import recsys_importance
 
-    if Path(name).suffix == ".ipynb" and Path(name).is_file():
-        return Path(name)
-    folders = [root / "nbs" / "studies" for root in (Path.cwd(), *Path.cwd().parents, Path(recsys_importance.__file__).parent.parent)]
-    for folder in folders:
-        if (folder / f"{name}.ipynb").is_file():
-            return folder / f"{name}.ipynb"
+    home = Path(recsys_importance.__file__).resolve().parent.parent
+    here = Path.cwd()
+    project = next(
+        (folder for folder in (here, *here.parents) if (folder / "pyproject.toml").is_file() or (folder / ".git").exists()), here
+    )
+    roots = [home] if (home / "pyproject.toml").is_file() else []  # an installed package has no notebooks beside it
+    return [root / "nbs" / "studies" for root in dict.fromkeys([*roots, project.resolve()])]
+
+
+def find_study(name: str) -> Path:
+    """Path of a study's notebook.
+
+    name: the path of a notebook (ending in .ipynb), or the name of a study in nbs/studies of the checkout that the package runs from or
+    of the project of the working folder. Raises ValueError for a path where no notebook is; for a name that is none, naming the studies
+    there are; and for one that both folders have with different contents.
+    """
+    path = Path(name)
+    if path.suffix == ".ipynb" or path.name != name:
+        if path.suffix == ".ipynb" and path.is_file():
+            return path
+        raise ValueError(f"no notebook {name!r}; give the path of a file that ends in .ipynb, or the name alone of a study of nbs/studies")
+    folders = _study_folders()
+    found = [folder / f"{name}.ipynb" for folder in folders if (folder / f"{name}.ipynb").is_file()]
+    if len({path.read_bytes() for path in found}) > 1:
+        raise ValueError(f"two different studies are called {name!r}: {' and '.join(map(str, found))}; give the path of one")
+    if found:
+        return found[0]
     known = sorted({path.stem for folder in folders for path in folder.glob("*.ipynb")})
     raise ValueError(f"no study {name!r}; there are: {', '.join(known) or 'none here (run from a checkout of the repository)'}")
 
-
+# %% ../nbs/42_cli.ipynb #d36e8882
 def parse_settings(pairs: list[str]) -> dict:
     """["noise=0.2", "seeds=3"] → {"noise": 0.2, "seeds": 3}; values as YAML, so text needs no quotes. Raises ValueError without "="."""
     settings = {}
@@ -43,7 +64,10 @@ def parse_settings(pairs: list[str]) -> dict:
 
 def read_config(path: Path | None) -> dict:
     """The parameters in a YAML file, {} without one. Raises ValueError unless it holds names and values."""
-    settings = (_yaml(path.read_text(encoding="utf-8"), str(path)) or {}) if path else {}
+    try:
+        settings = (_yaml(path.read_text(encoding="utf-8"), str(path)) or {}) if path else {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold parameters as `name: value` lines, got a {type(settings).__name__}")
     return settings
@@ -69,17 +93,21 @@ def study(
     """Run a study headless and print where its report is and its table."""
     import pandas as pd
 
-    from recsys_importance.study import run_study
+    from recsys_importance.data import DATASETS
+    from recsys_importance.study import check_parameters, run_study
 
     try:
         notebook = find_study(name)
         parameters = read_config(config) | parse_settings(set_) | ({"data": data} if data else {})
-        if Path(str(parameters.get("data", ""))).is_file():
-            parameters["data"] = str(Path(parameters["data"]).resolve())  # the notebook runs in its own folder
+        source = str(parameters.get("data", ""))
+        if source not in ("auto", *DATASETS) and Path(source).is_file():
+            parameters["data"] = str(Path(source).resolve())  # the notebook runs in its own folder
         target = folder or Path("reports", notebook.stem)
+        check_parameters(notebook, parameters)
+        typer.echo(f"study: {notebook.resolve()}", err=True)
         results = run_study(notebook, parameters, folder=target)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(1) from None
     table = pd.DataFrame(results["summary"])
     typer.echo(f"\n{table.to_string(index=False, float_format='{:.4f}'.format, na_rep='')}\n")

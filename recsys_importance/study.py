@@ -5,6 +5,7 @@
 # %% ../nbs/41_study.ipynb #21c39db7
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import html
@@ -12,11 +13,15 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import types
+import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from .data.frame import fingerprint
 
 # %% auto #0
 __all__ = ['REQUIRED_RESULTS', 'environment', 'write_results', 'resumed', 'study_parameters', 'check_parameters', 'run_study',
@@ -27,18 +32,23 @@ _RECORDED = ("recsys_importance", "torch", "transformers", "accelerate", "numpy"
 _RECORDED_OF_KERAS = ("tensorflow", "keras", "keras-hub")
 
 
+def _versions(packages: tuple[str, ...]) -> dict:
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
 def environment(device: str = "cpu", *, backend: str = "pytorch") -> dict:
     """Versions, device and git commit of this run. device: the device in use, in torch's words; a GPU is given by its product name.
 
     backend: "pytorch", or "tensorflow", whose versions are then given too.
     `git_commit` is None outside a git checkout; `uncommitted` says whether tracked files differ from that commit.
     """
-    versions = {"python": platform.python_version()}
-    for package in _RECORDED + (_RECORDED_OF_KERAS if backend == "tensorflow" else ()):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    versions = _versions(_RECORDED + (_RECORDED_OF_KERAS if backend == "tensorflow" else ()))
     name = platform.machine()
     if device.startswith("cuda") and backend == "tensorflow":
         from recsys_importance.keras.start import gpu_name
@@ -75,7 +85,7 @@ REQUIRED_RESULTS = ("study", "parameters", "data", "environment", "results", "su
 
 def _replace_text(path: Path, text: str) -> None:
     """Write through a temporary name, so that `path` is either complete or as it was."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # of this process alone
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -102,11 +112,22 @@ def write_results(folder: str | Path, results: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
     _replace_text(path, text + "\n")
-    shutil.rmtree(folder / "unfinished", ignore_errors=True)
+    _drop_checkpoints(folder / "unfinished")
     return path
 
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Remove what `resumed` wrote, and the folder if nothing else is in it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.glob("*.json"):
+        if "identity" in _read_checkpoint(path):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
 # %% ../nbs/41_study.ipynb #00b261d8
-def _code() -> str:
+def _package_code() -> str:
     """sha256 over the package's modules."""
     digest = hashlib.sha256()
     package = importlib.util.find_spec("recsys_importance").submodule_search_locations[0]
@@ -115,27 +136,87 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def resumed(folder: str | Path, name: str, identity: dict, compute: Callable[[], dict]) -> dict:
-    """compute() as JSON-able dict, or what an earlier, unfinished run of the same identity computed under this name.
+def _written(function, seen: set) -> list:
+    """Instructions, constants and names of a function and of the functions and classes of its own module that it names, however deep."""
+    while isinstance(function, partial):
+        function = function.func
+    if isinstance(function, type):
+        return [part for member in vars(function).values() if callable(member) for part in _written(member, seen)]
+    codes = [code for code in (getattr(function, "__code__", None),) if isinstance(code, types.CodeType) and code not in seen]
+    found = []
+    while codes:
+        code = codes.pop()
+        seen.add(code)
+        inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        others = [constant for constant in code.co_consts if not isinstance(constant, types.CodeType)]
+        constants = [sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant) for constant in others]
+        found.append([code.co_code, constants, list(code.co_names)])
+        codes += inner
+        for name in code.co_names:
+            other = function.__globals__.get(name)
+            if callable(other) and getattr(other, "__module__", None) == function.__module__:
+                found += _written(other, seen)
+    return found
 
-    folder: the study's report folder; checkpoints lie in its subfolder `unfinished` until `write_results`. identity: JSON-able, all that
-    the result depends on
-    besides the package's code. A checkpoint of another identity, or one that cannot be read, is computed anew.
-    """
+# %% ../nbs/41_study.ipynb #00b261d9
+def _require_json(value, name: str, place: str = "the result") -> None:
+    """ValueError for what would come back from a JSON file as something else. NaN comes back as NaN: an undefined metric."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{name}: {place} has the key {key!r}; JSON holds text keys only")
+            _require_json(item, name, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _require_json(item, name, f"{place}[{number}]")
+    elif not isinstance(value, (str, int, float, type(None))):
+        raise ValueError(f"{name}: {place} is a {type(value).__name__}, which JSON cannot hold; give text, numbers, lists and dicts")
+
+
+def _read_checkpoint(path: Path) -> dict:
+    """What the file holds, {} if it is not there or is no checkpoint of `resumed`, whole and as it was written."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(kept, dict) or set(kept) != {"identity", "value", "sha256"}:
+        return {}
+    return kept if kept["sha256"] == fingerprint(json.dumps(kept["value"])) else {}
+
+
+def _checkpoint(folder: str | Path, name: str) -> Path:
+    """The path of a checkpoint. ValueError for a name that is no file name."""
     path = Path(folder) / "unfinished" / f"{name}.json"
-    key = hashlib.sha256(json.dumps([identity, _code()], sort_keys=True).encode()).hexdigest()
-    if path.exists():
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            kept = {}
-        if kept.get("identity") == key:
-            print(f"{name}: kept from the run that was interrupted")
-            return kept["value"]
+    if path.name != f"{name}.json" or "\\" in name or "\0" in name or not name or len(os.fsencode(path.name)) > 200:
+        raise ValueError(f"name is {name!r}, expected a file name of at most 190 bytes, without folders and ending")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; move it away, the result of {name!r} goes there")
+    return path
+
+# %% ../nbs/41_study.ipynb #00b261da
+def resumed(folder: str | Path, name: str, identity, compute: Callable[[], dict]) -> dict:
+    """compute(), or what an earlier, unfinished run of the same identity computed under this name; JSON-able, and as JSON gives it back.
+
+    folder: the study's report folder; checkpoints lie in its subfolder `unfinished` until `write_results`. identity: all that the result
+    depends on, such as parameters, frames and weights, in the kinds that `fingerprint` takes. Besides it count the code of this package,
+    that of `compute` with the functions of its module that it calls, and the versions of the packages that `environment` records.
+    A checkpoint of another identity, or one that is not whole, is computed anew. Raises ValueError for an identity or a result of other
+    kinds, or a name that is no file name; nothing is kept then.
+    """
+    path = _checkpoint(folder, name)
+    versions = _versions(_RECORDED + _RECORDED_OF_KERAS)
+    key = fingerprint(identity, _package_code(), _written(compute, set()), versions)
+    kept = _read_checkpoint(path)
+    if kept.get("identity") == key:
+        print(f"{name}: kept from the run that was interrupted")
+        return kept["value"]
     value = compute()
+    _require_json(value, name)
+    text = json.dumps(value)
+    value = json.loads(text)  # the same types, resumed or not
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace_text(path, json.dumps({"identity": key, "value": value}))
-    return json.loads(json.dumps(value))  # the same types, resumed or not
+    _replace_text(path, json.dumps({"identity": key, "value": value, "sha256": fingerprint(text)}))
+    return value
 
 # %% ../nbs/41_study.ipynb #5200c231
 def _papermill():
@@ -151,22 +232,24 @@ def study_parameters(notebook: str | Path) -> dict:
 
     Raises ValueError unless exactly one cell is tagged `parameters`, FileNotFoundError without a file.
     """
-    import ast
-
     path = Path(notebook)
     if not path.is_file():
         raise FileNotFoundError(f"no notebook {path}")
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        tagged = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a Jupyter notebook, or was cut short") from None
     if len(tagged) != 1:
         raise ValueError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; a study has exactly one")
-    defaults = {}
-    for statement in ast.parse("".join(tagged[0]["source"])).body:
-        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            defaults[statement.target.id] = ast.literal_eval(statement.value)
-        elif isinstance(statement, ast.Assign):
-            defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
-    return defaults
+    try:
+        statements = [
+            part for part in ast.parse(tagged[0]).body if isinstance(part, (ast.Assign, ast.AnnAssign)) and part.value is not None
+        ]
+        names = [part.target if isinstance(part, ast.AnnAssign) else part.targets[0] for part in statements]
+        return {name.id: ast.literal_eval(part.value) for name, part in zip(names, statements, strict=True)}
+    except (ValueError, SyntaxError, AttributeError):
+        raise ValueError(f"the parameters of {path.name} must be lines of the form name = literal") from None
 
 
 def check_parameters(notebook: str | Path, given: dict) -> dict:
@@ -185,32 +268,27 @@ def check_parameters(notebook: str | Path, given: dict) -> dict:
             value = float(value)
         if type(value) is not kind:
             raise ValueError(f"parameter {name!r} of {Path(notebook).name} is a {kind.__name__} ({defaults[name]!r}), got {value!r}")
+        _require_json(value, Path(notebook).name, f"parameter {name!r}")  # papermill would turn a date or a key into text
         checked[name] = value
     return checked
 
 # %% ../nbs/41_study.ipynb #c5d68bd8
-def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: str | Path, timeout: int = 6 * 3600) -> dict:
-    """Execute a study headless and write <name>.ipynb, results.json and <name>.html to `folder`; returns the results.
+def _unformatted(path: Path) -> str:
+    """The path as papermill wants it, which takes braces for places to fill in with parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
-    notebook: a notebook with one cell tagged `parameters`, among them `report_dir`, and whose last act is
-    `write_results(report_dir, …)`.
-    parameters: overrides, checked by `check_parameters`. timeout: seconds for a single cell.
-    Raises ValueError for bad parameters, RuntimeError if a cell fails (naming the cell's error and where the executed notebook is)
-    or no result was written.
-    """
+
+def _execute(notebook: Path, executed: Path, parameters: dict, timeout: int) -> None:
+    """Run the notebook in its own folder; RuntimeError if a cell fails or takes too long, or the kernel dies."""
     papermill = _papermill()
-    notebook, folder = Path(notebook).resolve(), Path(folder).resolve()
-    parameters = check_parameters(notebook, {**(parameters or {}), "report_dir": str(folder)})
-    folder.mkdir(parents=True, exist_ok=True)
-    executed, results, report = folder / notebook.name, folder / "results.json", folder / f"{notebook.stem}.html"
-    for stale in (executed, results, report):
-        stale.unlink(missing_ok=True)
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
     backend = os.environ.get("MPLBACKEND")
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # another one set outside would leave the report without figures
     try:
         papermill.execute_notebook(
-            notebook,
-            executed,
+            _unformatted(notebook),
+            _unformatted(executed),
             parameters=parameters,
             kernel_name="python3",
             language="python",
@@ -222,13 +300,42 @@ def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: s
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
         )
     except papermill.exceptions.PapermillExecutionError as error:
-        results.unlink(missing_ok=True)
         raise RuntimeError(f"{notebook.name} failed: {error.ename}: {error.evalue} (the executed notebook is {executed})") from None
+    except (CellTimeoutError, DeadKernelError) as error:
+        reason = (
+            f"a cell ran longer than {timeout} s" if isinstance(error, CellTimeoutError) else "its kernel died, perhaps for want of memory"
+        )
+        raise RuntimeError(f"{notebook.name} failed: {reason} (the executed notebook is {executed})") from None
     finally:
         if backend is None:
             del os.environ["MPLBACKEND"]
         else:
             os.environ["MPLBACKEND"] = backend
+
+# %% ../nbs/41_study.ipynb #c5d68bd9
+def run_study(notebook: str | Path, parameters: dict | None = None, *, folder: str | Path, timeout: int = 6 * 3600) -> dict:
+    """Execute a study headless and write <name>.ipynb, results.json and <name>.html to `folder`; returns the results.
+
+    notebook: a notebook with one cell tagged `parameters`, among them `report_dir`, and whose last act is
+    `write_results(report_dir, …)`.
+    parameters: overrides, checked by `check_parameters`. timeout: seconds for a single cell.
+    Raises ValueError for bad parameters, RuntimeError if a cell fails (naming the cell's error and where the executed notebook is)
+    or no result was written.
+    """
+    _papermill()  # before anything is removed
+    notebook, folder = Path(notebook).resolve(), Path(folder).resolve()
+    parameters = check_parameters(notebook, {**(parameters or {}), "report_dir": str(folder)})
+    executed, results, report = folder / notebook.name, folder / "results.json", folder / f"{notebook.stem}.html"
+    if executed.exists() and executed.samefile(notebook):
+        raise ValueError(f"folder is {folder}, where the notebook itself lies and would be overwritten; give another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (executed, results, report):
+        stale.unlink(missing_ok=True)
+    try:
+        _execute(notebook, executed, parameters, timeout)
+    except RuntimeError:
+        results.unlink(missing_ok=True)
+        raise
     if not results.exists():
         raise RuntimeError(
             f"{notebook.name} ran but wrote no results.json to its report_dir; a study ends with write_results(report_dir, …)"

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pooch
@@ -67,6 +68,7 @@ class Server:
                 pass
 
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *args: None  # a client that hangs up is part of some tests
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -163,7 +165,7 @@ def test_second_try_succeeds(cache, register, monkeypatch):
 
     def flaky(self, url, output_file, pooch):
         tries.append(url)
-        Path(output_file).write_bytes(CONTENT[: 3 if len(tries) == 1 else None])
+        output_file.write(CONTENT[: 3 if len(tries) == 1 else None])
         if len(tries) == 1:
             raise ConnectionResetError("cut")
 
@@ -174,13 +176,49 @@ def test_second_try_succeeds(cache, register, monkeypatch):
 
 def test_interruption_leaves_nothing(cache, register, monkeypatch):
     def interrupted(self, url, output_file, pooch):
-        Path(output_file).write_bytes(CONTENT[:3])
+        output_file.write(CONTENT[:3])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(register("http://example.org/mugs.csv"))
     assert files_under(cache) == []
+
+
+def test_many_at_once_all_get_the_whole_file(cache, register, server):
+    """Threads here stand for processes: each writes under a name of its own and moves the file in one step."""
+    server.pages["/mugs.csv"] = CONTENT * 5000
+    key = register(f"{server.url}/mugs.csv", sha256=hashlib.sha256(CONTENT * 5000).hexdigest())
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(fetch, [key] * 8))
+    assert set(paths) == {cache / KEY} and paths[0].read_bytes() == CONTENT * 5000
+    assert files_under(cache) == [KEY]
+
+
+def test_a_folder_under_the_files_name_in_the_cache(cache, register, server):
+    server.pages["/mugs.csv"] = CONTENT
+    (cache / KEY / "inside").mkdir(parents=True)
+    with pytest.raises(DatasetUnavailable, match="cannot be downloaded .IsADirectoryError"):
+        fetch(register(f"{server.url}/mugs.csv"))
+    assert files_under(cache) == []
+
+
+def test_a_folder_under_the_files_name_in_the_override(cache, register, server, tmp_path, monkeypatch):
+    server.pages["/mugs.csv"] = CONTENT
+    (tmp_path / "mine" / KEY).mkdir(parents=True)
+    monkeypatch.setenv(registry.OVERRIDE, str(tmp_path / "mine"))
+    with pytest.raises(ValueError, match="is a folder, not the file"):
+        fetch(register(f"{server.url}/mugs.csv"))
+    assert server.requests == []
+
+
+def test_more_bytes_than_the_registry_knows_are_cut_off(cache, register, server):
+    """A source that sends without end fills no disk: it is left at the first piece beyond the known length."""
+    server.pages["/mugs.csv"] = bytes(50 << 20)
+    expected = dict(sha256=hashlib.sha256(CONTENT).hexdigest(), size_bytes=len(CONTENT))
+    with pytest.raises(registry.WrongDownload, match=f"more than the {len(CONTENT)} bytes expected. Nothing was kept"):
+        fetch(register(f"{server.url}/mugs.csv", **expected))
+    assert files_under(cache) == [] and len(server.requests) == 1
 
 
 def test_override_comes_first_and_is_never_written(cache, register, server, tmp_path, monkeypatch):
@@ -288,6 +326,14 @@ def test_a_file_needs_exactly_one_hash():
         File(key="x/y", url="http://example.org")
     with pytest.raises(ValueError, match="exactly one of sha256 and git_blob"):
         File(key="x/y", url="http://example.org", sha256="0" * 64, git_blob="0" * 40)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 3.0, True, "3"])
+def test_a_data_set_says_what_its_labels_are(wrong):
+    with pytest.raises(ValueError, match="mugs: highest_grade is .*; expected the grade that the label 1 stands for, or None"):
+        Dataset(name="mugs", files=(), **ABOUT, highest_grade=wrong)
+    assert card("esci").loc["label", "value"] == "the gain of NDCG itself"
+    assert card("wands").loc["label", "value"] == "grade / 2; the gain of NDCG is 2^grade - 1"
 
 
 def test_registry_is_well_formed():

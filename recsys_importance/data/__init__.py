@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['load', 'Obtained', 'obtain', 'DATASETS', 'DatasetUnavailable', 'ShopSettings', 'Split', 'card', 'check_no_leakage',
-           'completeness', 'customer_value', 'fetch', 'inject_label_noise', 'load_file', 'online_retail_lines',
-           'require_complete', 'simulate_shop', 'split_by_query', 'split_by_time', 'split_by_user', 'validate',
-           'value_scores']
+           'completeness', 'customer_value', 'fetch', 'fingerprint', 'inject_label_noise', 'load_file',
+           'online_retail_lines', 'require_complete', 'simulate_shop', 'split_by_query', 'split_by_time',
+           'split_by_user', 'validate', 'value_scores']
 
 # %% ../../nbs/08_data.ipynb #91a2d912
 import importlib
@@ -23,6 +23,7 @@ _all_ = [
     "completeness",
     "customer_value",
     "fetch",
+    "fingerprint",
     "inject_label_noise",
     "load_file",
     "online_retail_lines",
@@ -35,7 +36,7 @@ _all_ = [
     "value_scores",
 ]
 _MODULES = {
-    "frame": ("completeness", "require_complete", "validate"),
+    "frame": ("completeness", "fingerprint", "require_complete", "validate"),
     "registry": ("DATASETS", "DatasetUnavailable", "card", "fetch"),
     "loaders": ("load_chorus", "load_esci", "load_file", "load_obd", "load_online_retail", "load_wands", "online_retail_lines"),
     "shop": ("ShopSettings", "simulate_shop"),
@@ -57,14 +58,17 @@ def __dir__() -> list[str]:
 
 # %% ../../nbs/08_data.ipynb #624c5b77
 def _shop(*, seed: int = 0, **settings):
-    return __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
+    frame = __getattr__("simulate_shop")(__getattr__("ShopSettings")(**settings), seed=seed)
+    frame.attrs["highest_grade"] = __getattr__("DATASETS")["shop"].highest_grade
+    return frame
 
 
 def load(name_or_path, **options):
     """A data set of the registry by name, or your own .csv, .tsv or .parquet file by path, as the tidy frame.
 
     options go to the loader: for example text="title and description" (chorus), negatives=4 (online_retail), policy="bts" (obd),
-    the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows.
+    the fields of ShopSettings and seed (shop), columns={"text_a": "query"} (a file). Returns a validated frame of N rows; that of a
+    named data set says in attrs["highest_grade"] what `evaluate` needs to know of its labels (None where they are gains already).
     Raises DatasetUnavailable if a named data set is not on this machine and cannot be downloaded; ValueError for an unknown name,
     naming the nearest one, and for a file that is wrong.
     """

@@ -6,14 +6,17 @@
 __all__ = ['load_file', 'load_chorus', 'online_retail_lines', 'load_online_retail', 'load_obd', 'load_wands', 'load_esci']
 
 # %% ../../nbs/03_loaders.ipynb #9ec315d4
+import codecs
 import csv
 import json
+import struct
 import textwrap
 import warnings
 import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,7 +25,7 @@ import pyarrow.dataset
 import pyarrow.parquet
 
 from .frame import OPTIONAL, REQUIRED, validate
-from .registry import _nearest, fetch
+from .registry import DATASETS, _nearest, fetch
 
 # %% ../../nbs/03_loaders.ipynb #5e0eaafe
 _TEXT_COLUMNS = ("sample_id", "text_a", "text_b", "query_id", "user_id", "item_id")
@@ -31,67 +34,136 @@ _MISSING_NUMBER = ["", "NA", "N/A", "n/a", "nan", "NaN", "null", "NULL", "None",
 
 def _undecodable(path: Path, encoding: str) -> str:
     """Where the file stops being `encoding`, for the error message."""
+    if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):  # a line does not end with one byte there
+        return "some byte"
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode(encoding)
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
+                if not isinstance(error, UnicodeDecodeError):
+                    break
                 start = error.start + (3 if number == 1 and line.startswith(b"\xef\xbb\xbf") else 0)
                 return f"line {number}, byte {start + 1} (0x{line[start]:02x})"
     return "its end"
 
 
 def _require_columns(path: Path, found, required) -> None:
+    """ValueError unless the file's columns hold the required ones, each column once."""
+    found = list(map(str, found))
+    twice = sorted({column for column in found if found.count(column) > 1})
+    if twice:
+        raise ValueError(f"{path}: column {', '.join(map(repr, twice))} appears more than once in the header")
     missing = [column for column in required if column not in found]
     if missing:
-        raise ValueError(
-            f"{path}: column {', '.join(map(repr, missing))} is missing (columns found: {', '.join(map(str, found)) or 'none'})"
-        )
+        raise ValueError(f"{path}: column {', '.join(map(repr, missing))} is missing (columns found: {', '.join(found) or 'none'})")
 
 
+def _require_file(path: Path, hint: str = "") -> None:
+    if not path.is_file():
+        state = "a folder, not a file" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {state}{hint}")
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab1
+def _blank(row: list[str]) -> bool:
+    """Whether pandas skips the line."""
+    return not row or (len(row) == 1 and not row[0].strip())
+
+
+def _header(path: Path, codec: str, separator: str) -> list[str]:
+    with open(path, encoding=codec, newline="") as stream:
+        return next((row for row in csv.reader(stream, delimiter=separator) if not _blank(row)), [])
+
+
+def _require_whole_rows(path: Path, codec: str, separator: str, fields: int) -> None:
+    """ValueError for the first row with fewer fields than the header: pandas would fill it up with missing values."""
+    with open(path, encoding=codec, newline="") as stream:
+        reader = csv.reader(stream, delimiter=separator)
+        for row in reader:
+            if not _blank(row) and len(row) < fields:
+                found = f"{len(row)} field{'s' * (len(row) > 1)} at line {reader.line_num}"
+                raise ValueError(f"{path}: {found}, the header has {fields}; the file is cut short or the line is damaged")
+
+
+def _table(path: Path, codec: str, *, required, text, separator: str, only) -> pd.DataFrame:
+    header = _header(path, codec, separator)
+    _require_columns(path, header, required)
+    numbers = [column for column in (*REQUIRED, *OPTIONAL) if column not in text]
+    missing = {column: _MISSING_NUMBER if column in numbers else [""] for column in header}
+    options = dict(dtype=dict.fromkeys(text, "str"), keep_default_na=False, na_values=missing, index_col=False, low_memory=False)
+    wanted = None if only is None else {*only, header[-1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has
+        table = pd.read_csv(path, sep=separator, encoding=codec, usecols=wanted, **options)
+    if len(table) and table[header[-1]].isna().any():  # in a short row the last field is missing
+        _require_whole_rows(path, codec, separator, len(header))
+    return table if only is None else table[[column for column in header if column in only]]
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab3
 def _read_csv(path: Path, *, required=(), text=_TEXT_COLUMNS, separator=",", encoding="utf-8", only=None) -> pd.DataFrame:
     """The table with the columns `text` as text; `only` limits the columns read. Raises ValueError naming the file and the line."""
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; expected a header line and at least one row")
+    try:
+        codecs.lookup(encoding)
+    except (LookupError, ValueError, TypeError):
+        raise ValueError(f"{path}: no encoding is called {encoding!r}; for example 'utf-8', 'cp1252', 'gb18030'") from None
     codec = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding  # with or without a byte order mark
     try:
-        with open(path, encoding=codec, newline="") as stream:
-            header = next(csv.reader(stream, delimiter=separator), [])
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise ValueError(f"{path}: column {', '.join(map(repr, twice))} appears more than once in the header")
-        _require_columns(path, header, required)
-        numbers = [column for column in (*REQUIRED, *OPTIONAL) if column not in text]
-        missing = {column: _MISSING_NUMBER if column in numbers else [""] for column in header}
-        options = dict(dtype=dict.fromkeys(text, "str"), keep_default_na=False, na_values=missing, index_col=False, low_memory=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # more fields than the header has
-            return pd.read_csv(path, sep=separator, encoding=codec, usecols=only, **options)
-    except UnicodeDecodeError:
-        place = _undecodable(path, codec)
+        return _table(path, codec, required=required, text=text, separator=separator, only=only)
+    except UnicodeError:
         hint = "save the file in one encoding, or name it, for example encoding='cp1252' or encoding='utf-16'"
-        raise ValueError(f"{path}: not {encoding} at {place}; {hint}") from None
+        raise ValueError(f"{path}: not {encoding} at {_undecodable(path, codec)}; {hint}") from None
     except LookupError:
-        raise ValueError(f"{path}: no encoding is called {encoding!r}; for example 'utf-8', 'cp1252', 'gb18030'") from None
+        raise ValueError(f"{path}: {encoding!r} is no encoding of text; for example 'utf-8', 'cp1252', 'gb18030'") from None
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: the file has no header line; expected one and at least one row") from None
     except pd.errors.ParserWarning:
         raise ValueError(f"{path}: the rows have more fields than the header; quote the fields that contain {separator!r}") from None
     except (pd.errors.ParserError, csv.Error) as error:
         reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
         raise ValueError(f"{path}: not a table separated by {separator!r}: {reason}; quote the fields that contain it") from None
 
+# %% ../../nbs/03_loaders.ipynb #5e0eaab4
+class _WrongColumn(Exception):
+    pass
+
+
+def _as_text(values: pa.ChunkedArray, column: str) -> pa.ChunkedArray:
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowException:
+        raise _WrongColumn(f"column {column!r} must be text or numbers, its type is {values.type}; rewrite the column") from None
+
 
 def _read_parquet(path: Path, *, required=(), columns=None, where=None, text=()) -> pd.DataFrame:
     """The table, or only `columns` of the rows that fulfil the arrow expression `where`. Raises ValueError naming the file."""
     try:
+        _require_columns(path, pa.parquet.read_schema(path).names, required)
         data = pa.dataset.dataset(path, format="parquet")
-        _require_columns(path, data.schema.names, required)
         table = data.to_table(columns=columns, filter=where)
         for column in [name for name in table.column_names if name in text]:
-            table = table.set_column(table.column_names.index(column), column, table[column].cast(pa.string()))
+            table = table.set_column(table.column_names.index(column), column, _as_text(table[column], column))
         return table.to_pandas(ignore_metadata=True)
+    except _WrongColumn as error:
+        raise ValueError(f"{path}: {error}") from None
     except (pa.ArrowException, OSError) as error:
         reason = textwrap.shorten(str(error).replace(str(path), path.name), 120, placeholder="...")
         raise ValueError(f"{path}: not a readable Parquet file, perhaps cut short ({reason})") from None
+
+# %% ../../nbs/03_loaders.ipynb #5e0eaab5
+def _require_numbers(path: Path, table: pd.DataFrame, columns, *, whole: bool = False) -> pd.DataFrame:
+    """The table with these columns as float64, or int64 if `whole`. ValueError for the first value that is no such number."""
+    table = table.copy()
+    for column in columns:
+        number = pd.to_numeric(table[column], errors="coerce").astype("float64")
+        wrong = ~np.isfinite(number) | ((number != number.round()) if whole else False)
+        if wrong.any():
+            kind = "whole number" if whole else "number"
+            value = table[column].astype(object)[wrong.idxmax()]
+            raise ValueError(f"{path}: {column} must be a {kind} in every row; row {wrong.idxmax()} has {value!r}")
+        table[column] = number.astype("int64") if whole else number
+    return table
 
 # %% ../../nbs/03_loaders.ipynb #85f42d3d
 def _iso_timestamps(values: pd.Series, source) -> pd.Series:
@@ -122,8 +194,7 @@ def load_file(path, *, columns: dict[str, str] | None = None, encoding: str = "u
     for name in columns:
         if name not in known:
             raise ValueError(f"columns: {name!r} is not a column of the frame; {_nearest(name, known)}")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    _require_file(path)
     text = {columns.get(name, name) for name in _TEXT_COLUMNS}
     ending = path.suffix.lower()
     if ending in (".csv", ".tsv"):
@@ -152,26 +223,77 @@ def _path(key: str, folder) -> Path:
     if folder is None:
         return fetch(key)
     path = Path(folder) / key.split("/", 1)[1]
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; folder= must hold the files of the data set under their names in the registry")
+    _require_file(path, "; folder= must hold the files of the data set under their names in the registry")
     return path
 
+
+def _tidy(frame: pd.DataFrame, name: str, *, source: str | None = None) -> pd.DataFrame:
+    """The validated frame of a data set, which says in attrs["highest_grade"] what `evaluate` needs to know of its labels."""
+    frame = validate(frame, source=source or name)
+    frame.attrs["highest_grade"] = DATASETS[name].highest_grade
+    return frame
+
+# %% ../../nbs/03_loaders.ipynb #f4f4e5b1
+def _grades(labels: pd.Series, scale: dict, path) -> pd.Series:
+    values = labels.map(scale)
+    if values.isna().any():
+        row = values.isna().idxmax()
+        raise ValueError(f"{path}: labels must be {', '.join(scale)}; row {row} has {labels[row]!r}")
+    return values
+
+
+def _joined(left: pd.DataFrame, right: pd.DataFrame, key: str, path) -> pd.DataFrame:
+    """Left join in which every key must be found and is unique on the right."""
+    if (twice := right[key][right[key].duplicated()]).any():
+        raise ValueError(f"{path}: the data set's other file describes {key} {twice.iloc[0]!r} more than once")
+    rows = left.merge(right, on=key, how="left", validate="many_to_one", indicator=True)
+    lost = rows.loc[rows["_merge"] == "left_only", key]
+    if len(lost):
+        raise ValueError(
+            f"{path}: {lost.nunique()} values of {key} are not described in the data set's other file, the first is {lost.iloc[0]!r}"
+        )
+    return rows.drop(columns="_merge")
+
 # %% ../../nbs/03_loaders.ipynb #c0f0b520
+_LARGEST_PART = 64 << 20  # bytes of an unpacked part of the catalogue; the published ones have 8 MB at most
+_FIELDS = {"id": (str, int), "title": str, "price": (int, float), "short_description": (str, type(None)), "supplier": (str, type(None))}
+
+
+def _unpacked(path: Path) -> bytes:
+    """The one file in a zip, which has the zip's name without .zip; never more than `_LARGEST_PART` bytes are unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if [member.filename for member in members] != [path.stem]:
+            found = textwrap.shorten(repr([member.filename for member in members[:3]]), 80, placeholder="...")
+            raise ValueError(f"expected {path.stem} in it and nothing else, found {len(members)} members: {found}")
+        if members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # only these are unpacked piece by piece
+            raise ValueError(f"compression method {members[0].compress_type} is not read")
+        with archive.open(members[0]) as stream:
+            content = stream.read(_LARGEST_PART + 1)
+    if len(content) > _LARGEST_PART:
+        raise ValueError(f"it unpacks to more than {_LARGEST_PART >> 20} MB")
+    return content
+
+
 def _catalogue(path: Path) -> list[dict]:
     """The JSON list in a zip of one file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = archive.namelist()
-            products = json.loads(archive.read(name))
-        if not isinstance(products, list) or not all(
-            isinstance(product, dict) and {"id", "title", "price"} <= set(product) for product in products
-        ):
+        products = json.loads(_unpacked(path))
+        if not isinstance(products, list):
             raise ValueError("expected a list of products with id, title and price")
-        return products
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: not a zip of one JSON file of products, perhaps cut short ({error})") from None
+        for number, product in enumerate(products):
+            if not isinstance(product, dict) or not {"id", "title", "price"} <= set(product):
+                raise ValueError(f"expected products with id, title and price; number {number} is not one")
+            for field, kind in _FIELDS.items():
+                if not isinstance(product.get(field), kind) or isinstance(product.get(field), bool):
+                    raise ValueError(f"{field} of product number {number} is a {type(product[field]).__name__}")
+        return [{field: product.get(field) for field in _FIELDS} for product in products]
+    # zipfile: RuntimeError for an encrypted member, NotImplementedError for an unknown format; json: RecursionError for a deep nesting.
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError, struct.error, OSError) as error:
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
+        raise ValueError(f"{path}: not a zip of one JSON file of products, perhaps cut short ({reason})") from None
 
-
+# %% ../../nbs/03_loaders.ipynb #c0f0b5b1
 def _choose(value: str, allowed, *, option: str) -> None:
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
@@ -196,13 +318,13 @@ def load_chorus(*, text: str = "title", folder=None) -> pd.DataFrame:
     ratings = _read_csv(path, required=("query", "docid", "name", *grades), text=("query", "docid", "name", "description")).rename(
         columns=grades
     )
-    wrong = ratings[~ratings[list(grades.values())].isin([0, 1, 2, 3]).all(axis=1)]
+    numbers = ratings[list(grades.values())].apply(pd.to_numeric, errors="coerce")
+    wrong = ratings.loc[~numbers.isin([0, 1, 2, 3]).all(axis=1), list(grades.values())]
     if len(wrong):
-        grade = [int(value) for value in wrong.iloc[0][list(grades.values())]]
-        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {grade}")
+        raise ValueError(f"{path}: grades must be 0, 1, 2 or 3; row {wrong.index[0]} has {', '.join(map(str, wrong.iloc[0]))}")
+    ratings = ratings.assign(**numbers.astype("int64"))
     parts = [_catalogue(_path(f"chorus/{part}.json.zip", folder)) for part in (1, 2, 3, 4)]
-    fields = ["id", "title", "short_description", "supplier", "price"]
-    products = pd.DataFrame([product for part in parts for product in part], columns=fields).astype({"id": "str"})
+    products = pd.DataFrame([product for part in parts for product in part], columns=list(_FIELDS)).astype({"id": "str"})
     rows = ratings.merge(products.drop_duplicates("id"), how="left", left_on="docid", right_on="id", indicator=True)
     unknown = rows.loc[rows["_merge"] == "left_only", "docid"]
     if len(unknown):
@@ -219,7 +341,7 @@ def load_chorus(*, text: str = "title", folder=None) -> pd.DataFrame:
             "price": rows["price"] / 100,
         }
     ).join(rows[[*grades.values(), "name", "supplier"]])
-    return validate(frame, source="chorus")
+    return _tidy(frame, "chorus")
 
 # %% ../../nbs/03_loaders.ipynb #1ebbbe2f
 _RETAIL_FILES = {
@@ -234,6 +356,9 @@ def _retail_file(key: str, names, folder) -> pd.DataFrame:
     path, (invoice, price, user) = _path(key, folder), names
     required = [invoice, "StockCode", "Description", "Quantity", "InvoiceDate", price, user, "Country"]
     raw = _read_parquet(path, required=required, columns=required)
+    raw = _require_numbers(path, _require_numbers(path, raw, ["Quantity"], whole=True), [price])
+    known = raw[user].notna()
+    raw.loc[known, user] = _require_numbers(path, raw[known], [user], whole=True)[user]
     time = pd.to_datetime(raw["InvoiceDate"], format="%Y-%m-%d %H:%M:%S", errors="coerce")
     if time.isna().any():
         row = time.isna().idxmax()
@@ -254,17 +379,18 @@ def _retail_file(key: str, names, folder) -> pd.DataFrame:
 
 
 def _taken_back(lines: pd.DataFrame) -> np.ndarray:
-    """True for a purchase that a later cancellation of the same customer, item and quantity takes back; the latest such purchase first."""
+    """For each line the row of the later cancellation that takes it back, -1 for none: of the same customer, item and quantity; the latest
+    such purchase first."""
     pair = pd.factorize(lines["user_id"])[0].astype("int64") * (len(lines) + 1) + pd.factorize(lines["item_id"])[0]
     cancelled = lines["cancelled"].to_numpy()
     known = lines["user_id"].notna().to_numpy()
     rows = np.flatnonzero(known & np.isin(pair, pair[cancelled & known]))
-    taken, open_purchases = np.zeros(len(lines), dtype=bool), defaultdict(list)
+    taken, open_purchases = np.full(len(lines), -1), defaultdict(list)
     for row, key, quantity in zip(rows, pair[rows], lines["quantity"].to_numpy()[rows], strict=True):
         if not cancelled[row]:
             open_purchases[key, quantity].append(row)
         elif open_purchases[key, -quantity]:
-            taken[open_purchases[key, -quantity].pop()] = True
+            taken[open_purchases[key, -quantity].pop()] = row
     return taken
 
 
@@ -273,7 +399,8 @@ def online_retail_lines(*, folder=None) -> pd.DataFrame:
 
     Returns one row per line: invoice, item_id (stock code, upper case), description (may be missing), quantity (pieces, int64; negative
     in a cancellation), timestamp, price (pounds sterling, one piece), user_id (may be missing), country, and three flags:
-    cancelled, the line belongs to a cancellation (invoice C...); returned, a purchase that such a line takes back in full;
+    cancelled, the line belongs to a cancellation (invoice C...); returned, a purchase that such a line takes back in full (which is
+    known from that line on only);
     product, the stock code is a product's and not postage, a fee, a correction, a voucher or a test.
     The sum of quantity * price over all lines of a customer is net of cancellations. Cancellations are known up to 2010-12-09 only.
     Raises DatasetUnavailable if the files cannot be had, ValueError if one is damaged.
@@ -282,52 +409,209 @@ def online_retail_lines(*, folder=None) -> pd.DataFrame:
     second = second[~second["invoice"].isin(first["invoice"].unique())]
     lines = pd.concat([first, second]).sort_values("timestamp", kind="stable", ignore_index=True)
     lines["cancelled"] = lines["invoice"].str.startswith("C")
-    lines["returned"] = _taken_back(lines)
+    lines["returned"] = _taken_back(lines) >= 0
     lines["product"] = lines["item_id"].str.match(_RETAIL_PRODUCT)
     return lines
 
 # %% ../../nbs/03_loaders.ipynb #914646d2
-def _descriptions(purchases: pd.DataFrame) -> pd.Series:
-    """One description per item: the most frequent one, and of equally frequent ones the first in the alphabet."""
-    counts = purchases.groupby(["item_id", "description"], sort=True).size().reset_index(name="lines")
-    return counts.sort_values("lines", ascending=False, kind="stable").drop_duplicates("item_id").set_index("item_id")["description"]
+def _names_so_far(sales: pd.DataFrame) -> pd.Series:
+    """Each line's description of its item by then: the most frequent one so far, and of equally frequent ones the one that was so first."""
+    count = sales.groupby(["item_id", "description"]).cumcount() + 1
+    item = sales["item_id"]
+    leads = count > count.groupby(item).cummax().groupby(item).shift(fill_value=0)
+    return sales["description"].where(leads).groupby(item).ffill()
 
 
-def _unbought(user: np.ndarray, bought: np.ndarray, items: int, negatives: int, generator) -> np.ndarray:
-    """(len(user), negatives) item codes, in each row different and none bought by the row's user; `bought` holds user * items + item."""
-    bought = np.unique(bought)
-    most = np.bincount(bought // items).max()
-    if items - most < negatives:
-        raise ValueError(f"negatives is {negatives}, but a customer bought {most} of the {items} products; ask for at most {items - most}")
-    drawn = generator.integers(items, size=(len(user), negatives))
+def _latest(item: np.ndarray, moment: np.ndarray, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Row of the last line with each `wanted` item at or before the moment `at`; item, moment: of the lines, in the order of time."""
+    width = moment.max() + 1
+    order = np.argsort(item, kind="stable")
+    return order[np.searchsorted((item * width + moment)[order], wanted * width + at, side="right") - 1]
+
+
+def _holdings(purchases: pd.DataFrame) -> pd.DataFrame:
+    """One row for each unbroken time in which a customer has a product, in the order of customer and start.
+
+    purchases: user, item, row (the clock: number of the line) and until (row of the line that takes it back). A purchase of what the
+    customer has lengthens that time at most; it starts none.
+    """
+    purchases = purchases.sort_values(["user", "item", "row"], kind="stable")
+    pair = [purchases["user"], purchases["item"]]
+    until = purchases.groupby(pair)["until"].cummax()
+    starts = purchases["row"] > until.groupby(pair).shift(fill_value=-1)
+    ends = until.groupby(starts.cumsum()).last()
+    return purchases[starts].assign(until=ends.to_numpy()).sort_values(["user", "row"], ignore_index=True)
+
+
+def _held(holdings: pd.DataFrame, rows: np.ndarray, history: int) -> np.ndarray:
+    """(len(rows), history) numbers of the holdings that the customer of each row has at its start, the latest first; -1 for none."""
+    user, start, until = (holdings[name].to_numpy() for name in ("user", "row", "until"))
+    held, count, back = np.full((len(rows), history), -1), np.zeros(len(rows), dtype=int), rows - 1
     while True:
-        wrong = np.isin(user[:, None] * items + drawn, bought)
+        open_rows = np.flatnonzero((count < history) & (back >= 0) & (user[back] == user[rows]))
+        if not len(open_rows):
+            return held
+        has = open_rows[until[back[open_rows]] > start[rows[open_rows]]]
+        held[has, count[has]] = back[has]
+        count[has] += 1
+        back[open_rows] -= 1
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a4
+def _numbered(lines: pd.DataFrame) -> pd.DataFrame:
+    """The lines with `sold`, True where a described product has a price, and as numbers: user, item, bill, moment, row and until.
+
+    user, item, bill (of the invoice): codes, -1 for none; items in the order of their first sale. moment: in the order of time.
+    row: the line's own number. until: that of the line that takes it back, or the number of all lines.
+    """
+    sold = lines["product"] & ~lines["cancelled"] & lines["description"].notna() & (lines["price"] > 0) & (lines["quantity"] > 0)
+    taken = _taken_back(lines)
+    return lines.assign(
+        sold=sold,
+        user=pd.factorize(lines["user_id"], sort=True)[0],
+        item=pd.Index(lines.loc[sold, "item_id"].unique()).get_indexer(lines["item_id"]),
+        bill=pd.factorize(lines["invoice"])[0],
+        moment=pd.factorize(lines["timestamp"], sort=True)[0],
+        row=np.arange(len(lines)),
+        until=np.where(taken < 0, len(lines), taken),
+    )
+
+
+def _purchases(sales: pd.DataFrame, end: int, history: int) -> tuple[pd.DataFrame, np.ndarray]:
+    """The purchases that stand at row `end` and have a history, in the order of customer and time; and the items held, (N, history)."""
+    holdings = _holdings(sales[sales["user"] >= 0])
+    stand = np.flatnonzero(holdings["until"] == end)
+    held = _held(holdings, stand, history)
+    some = held[:, 0] >= 0
+    items = np.where(held[some] < 0, -1, holdings["item"].to_numpy()[held[some]])
+    return holdings.iloc[stand[some]].reset_index(drop=True), items
+
+
+def _chosen(user: np.ndarray, max_users: int | None, last_events: int | None, generator) -> np.ndarray:
+    """Which samples of (N,) users in order are asked for: (N,) bool."""
+    chosen = np.ones(len(user), dtype=bool)
+    if max_users is not None:
+        users = np.unique(user)
+        chosen &= np.isin(user, generator.choice(users, size=min(max_users, len(users)), replace=False))
+    if last_events is not None:
+        chosen &= pd.Series(user).groupby(user).cumcount(ascending=False).to_numpy() < last_events
+    return chosen
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a6
+class _Known(NamedTuple):
+    """What each customer has had to do with by when. user, item: codes. first: moment of a pair's first line, by `pairs`, sorted."""
+
+    items: int
+    pairs: np.ndarray  # user * items + item
+    first: np.ndarray
+    baskets: np.ndarray  # invoice * items + item, sorted
+
+    def holds(self, user, invoice, moment, item) -> np.ndarray:
+        """Whether the customer had a line of the item by the moment, or the invoice has one; for arrays of one shape, bool."""
+        pair, basket = user * self.items + item, invoice * self.items + item
+        place = np.minimum(np.searchsorted(self.pairs, pair), len(self.pairs) - 1)
+        known = (self.pairs[place] == pair) & (self.first[place] <= moment)
+        return known | (self.baskets[np.minimum(np.searchsorted(self.baskets, basket), len(self.baskets) - 1)] == basket)
+
+
+def _known(user: np.ndarray, item: np.ndarray, invoice: np.ndarray, moment: np.ndarray) -> _Known:
+    """From all lines in the order of time, cancellations and gifts too; codes are -1 where there is no customer or no such product."""
+    items = item.max() + 1
+    some = (user >= 0) & (item >= 0)
+    pairs, first = np.unique((user * items + item)[some], return_index=True)
+    return _Known(items, pairs, moment[some][first], np.unique((invoice * items + item)[item >= 0]))
+
+
+def _free(known: _Known, user, invoice, moment, on_sale, least: int) -> np.ndarray:
+    """How many of the products on sale each row could draw from, exact where that may be fewer than `least`; else a lower bound."""
+    owner = known.pairs // known.items
+    lines = np.bincount(owner, minlength=user.max() + 1)[user] + np.bincount(known.baskets // known.items)[invoice]
+    free = on_sale - lines
+    for row in np.flatnonzero(free < least):
+        item = np.arange(on_sale[row])
+        free[row] = (~known.holds(user[row], invoice[row], moment[row], item)).sum()
+    return free
+
+
+def _drawn(known: _Known, user, invoice, moment, on_sale, negatives: int, generator) -> np.ndarray:
+    """(N, negatives) codes of products on sale, in each row different and none that `known` holds for the row."""
+    drawn = generator.integers(on_sale[:, None], size=(len(user), negatives))
+    rows = np.arange(len(user))
+    while len(rows):
+        item = drawn[rows]
+        wrong = known.holds(user[rows, None], invoice[rows, None], moment[rows, None], item)
         for column in range(1, negatives):
-            wrong[:, column] |= (drawn[:, :column] == drawn[:, column : column + 1]).any(axis=1)
-        if not wrong.any():
-            return drawn
-        drawn[wrong] = generator.integers(items, size=int(wrong.sum()))
+            wrong[:, column] |= (item[:, :column] == item[:, column : column + 1]).any(axis=1)
+        item[wrong] = generator.integers(np.broadcast_to(on_sale[rows, None], wrong.shape)[wrong])
+        drawn[rows] = item
+        rows = rows[wrong.any(axis=1)]
+    return drawn
 
+# %% ../../nbs/03_loaders.ipynb #7d20b1a7
+def _negatives(bought: pd.DataFrame, lines: pd.DataFrame, first_sold: np.ndarray, negatives: int, generator):
+    """Which purchases have so many other products to draw from, (N,) bool, and items drawn for these, (n, negatives)."""
+    known = _known(*(lines[name].to_numpy() for name in ("user", "item", "bill", "moment")))
+    user, bill, moment = (bought[name].to_numpy() for name in ("user", "bill", "moment"))
+    on_sale = np.searchsorted(first_sold, moment, side="right")  # items are numbered in the order of their first sale
+    enough = (free := _free(known, user, bill, moment, on_sale, negatives)) >= negatives
+    if len(free) and not enough.any():
+        raise ValueError(f"negatives is {negatives}, but at no purchase were there more than {free.max()} products to draw from")
+    return enough, _drawn(known, user[enough], bill[enough], moment[enough], on_sale[enough], negatives, generator)
 
+# %% ../../nbs/03_loaders.ipynb #7d20b1a8
 def _count(value, *, option: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{option} is {value!r}, expected a whole number of {least} or more")
 
 
+def _behaviour(bought: pd.DataFrame, held: np.ndarray, drawn: np.ndarray, sales: pd.DataFrame) -> pd.DataFrame:
+    """The tidy frame: each purchase and then its negatives. held: (N, history) items, -1 for none. drawn: (N, negatives) items."""
+    items, moments, names = (sales[name].to_numpy() for name in ("item", "moment", "name"))
+    moment = bought["moment"].to_numpy()
+
+    def named(item, at) -> np.ndarray:
+        return names[_latest(items, moments, item, at)].astype(object)
+
+    text = named(held[:, 0], moment)
+    for back in held.T[1:]:
+        reaches = back >= 0
+        text[reaches] = text[reaches] + " | " + named(back[reaches], moment[reaches])
+    step = bought["user_id"] + ":" + bought["invoice"] + ":" + bought["item_id"]
+    frame = pd.DataFrame(
+        {
+            "sample_id": "online_retail:" + step,
+            "text_a": text,
+            "text_b": named(bought["item"].to_numpy(), moment),
+            "label": 1.0,
+            "query_id": step,
+            **{name: bought[name] for name in ("user_id", "item_id", "timestamp", "price", "quantity")},
+            "sampled": False,
+        }
+    )
+    others = frame.loc[np.repeat(frame.index, drawn.shape[1])]
+    last = sales.iloc[_latest(items, moments, drawn.ravel(), np.repeat(moment, drawn.shape[1]))]
+    seen = {"text_b": last["name"], "item_id": last["item_id"], "price": last["price"]}
+    others = others.assign(**{name: column.to_numpy() for name, column in seen.items()}, label=0.0, quantity=0, sampled=True)
+    others["sample_id"] = others["sample_id"] + ":not:" + others["item_id"]
+    return pd.concat([frame, others]).sort_index(kind="stable")
+
+# %% ../../nbs/03_loaders.ipynb #7d20b1a9
 def load_online_retail(
     *, history: int = 5, negatives: int = 0, max_users: int | None = None, last_events: int | None = None, seed: int = 0, folder=None
 ) -> pd.DataFrame:
-    """Online Retail as behaviour samples: the products a customer bought before, and the next one.
+    """Online Retail as behaviour samples: the products that a customer had at a moment, and the next one bought.
 
-    history: how many earlier products text_a lists, most recent first, joined by " | "; fewer at the start of a customer's sequence.
-    negatives: products per purchase that the customer buys nowhere in the data, drawn uniformly with `seed` from all products,
-    label 0, column `sampled` true: assumed dislikes, not observed ones. max_users: so many customers, drawn with `seed`.
-    last_events: only the last so many purchases of each customer; their histories still reach further back.
+    history: how many of them text_a lists, the latest first, joined by " | "; fewer at the start of a customer's sequence.
+    negatives: products per purchase, label 0, column `sampled` true: assumed dislikes, not observed ones. They are drawn uniformly with
+    `seed` from what the shop had sold by that moment, without what the customer had had to do with by then and without the same basket;
+    what the customer buys later may be among them. max_users: so many customers, drawn with `seed`.
+    last_events: only the last so many samples of each customer; their histories still reach further back.
     folder: read the files there, unverified, instead of the registry's.
-    A customer's sequence holds the first purchase of each product, in time order and within an invoice in the order of its lines.
-    Left out: lines without customer, cancellations and purchases that one takes back in full, lines that are no product, have no
-    description, or a price or quantity of 0. Returns a validated frame with query_id (one per step, shared by its negatives), user_id,
-    item_id, timestamp, price (pounds sterling, one piece; the product's median for a negative), quantity (0 for a negative) and sampled.
+    A sample is a purchase of a product that the customer does not have, is not taken back in full later, and has a history. Nothing else
+    in it is later than its timestamp: not the products' names, not the price of a negative (the last one paid), not the history, which
+    a purchase leaves when it is taken back. Left out: lines without customer, lines that are no product, have no description, or a price
+    or quantity of 0; and purchases with fewer than `negatives` products to draw from, counted in attrs["purchases_left_out"].
+    Returns a validated frame with query_id (one per purchase, shared by its negatives), user_id, item_id, timestamp, price (pounds
+    sterling, one piece), quantity (0 for a negative) and sampled.
     Raises DatasetUnavailable if the files cannot be had, ValueError for an option out of range or a damaged file.
     Source: article B, section 1.1 (behaviour data), for the kind of sample.
     """
@@ -336,52 +620,20 @@ def load_online_retail(
     for option, value in {"max_users": max_users, "last_events": last_events}.items():
         if value is not None:
             _count(value, option=option, least=1)
-    lines = online_retail_lines(folder=folder)
-    kept = lines["product"] & ~lines["cancelled"] & ~lines["returned"] & lines["user_id"].notna() & lines["description"].notna()
-    purchases = lines[kept & (lines["price"] > 0) & (lines["quantity"] > 0)]
-    names = _descriptions(purchases).sort_index()
-    prices = purchases.groupby("item_id")["price"].median().reindex(names.index).to_numpy()
-    steps = purchases.drop_duplicates(["user_id", "item_id"]).sort_values("user_id", kind="stable", ignore_index=True)
-    item = names.index.get_indexer(steps["item_id"])
-    user, users = pd.factorize(steps["user_id"], sort=True)
-    place = steps.groupby("user_id").cumcount().to_numpy()
-    length = np.bincount(user)
-    wanted = place >= 1
-    generator = np.random.default_rng(seed)
-    if max_users is not None:
-        candidates = np.flatnonzero(length > 1)
-        wanted &= np.isin(user, generator.choice(candidates, size=min(max_users, len(candidates)), replace=False))
-    if last_events is not None:
-        wanted &= place >= length[user] - last_events
-    rows = np.flatnonzero(wanted)
-    titles = names.to_numpy(dtype=object)
-    text = titles[item[rows - 1]]
-    for back in range(2, history + 1):
-        reaches = place[rows] >= back
-        text[reaches] = text[reaches] + " | " + titles[item[rows[reaches] - back]]
-    chosen = steps.iloc[rows]
-    step = chosen["user_id"] + ":" + chosen["invoice"] + ":" + chosen["item_id"]
-    bought = pd.DataFrame(
-        {
-            "sample_id": "online_retail:" + step,
-            "text_a": text,
-            "text_b": titles[item[rows]],
-            "label": 1.0,
-            "query_id": step,
-            **{name: chosen[name] for name in ("user_id", "item_id", "timestamp", "price", "quantity")},
-            "sampled": False,
-        }
-    ).reset_index(drop=True)
-    if negatives and len(bought):
-        someone, something = users.get_indexer(lines["user_id"]), names.index.get_indexer(lines["item_id"])
-        ever = (someone * len(names) + something)[(someone >= 0) & (something >= 0)]
-        drawn = _unbought(user[rows], ever, len(names), negatives, generator).ravel()
-        others = bought.loc[np.repeat(bought.index, negatives)].assign(
-            text_b=titles[drawn], label=0.0, item_id=names.index[drawn], price=prices[drawn], quantity=0, sampled=True
-        )
-        others["sample_id"] = others["sample_id"] + ":not:" + others["item_id"]
-        bought = pd.concat([bought, others]).sort_index(kind="stable")
-    return validate(bought, source="online_retail")
+    lines, generator = _numbered(online_retail_lines(folder=folder)), np.random.default_rng(seed)
+    sales = lines[lines["sold"]].reset_index(drop=True)
+    sales["name"] = _names_so_far(sales)
+    bought, held = _purchases(sales, len(lines), history)
+    chosen = _chosen(bought["user"].to_numpy(), max_users, last_events, generator)
+    bought, held, left_out = bought[chosen].reset_index(drop=True), held[chosen], 0
+    drawn = np.empty((len(bought), 0), dtype=int)
+    if negatives:
+        first_sold = sales.drop_duplicates("item")["moment"].to_numpy()
+        enough, drawn = _negatives(bought, lines, first_sold, negatives, generator)
+        bought, held, left_out = bought[enough].reset_index(drop=True), held[enough], int((~enough).sum())
+    frame = _tidy(_behaviour(bought, held, drawn, sales), "online_retail")
+    frame.attrs["purchases_left_out"] = left_out
+    return frame
 
 # %% ../../nbs/03_loaders.ipynb #9997c241
 def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> pd.DataFrame:
@@ -399,19 +651,21 @@ def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> p
     user_features = [f"user_feature_{i}" for i in range(4)]
     item_features = [f"item_feature_{i}" for i in range(1, 4)]
     columns = ["timestamp", "item_id", "position", "click", "propensity_score", *user_features]
-    impressions = _read_csv(
-        _path(f"obd/{policy}/{campaign}/{campaign}.csv", folder), required=columns, text=("item_id", *user_features), only=columns
-    )
+    log = _path(f"obd/{policy}/{campaign}/{campaign}.csv", folder)
+    impressions = _read_csv(log, required=columns, text=("item_id", *user_features), only=columns)
+    impressions = _require_numbers(log, impressions, ["click", "position"], whole=True)
+    if (wrong := ~impressions["click"].isin([0, 1])).any():
+        raise ValueError(f"{log}: click must be 0 or 1; row {wrong.idxmax()} has {impressions['click'][wrong.idxmax()]}")
     context = ["item_id", "item_feature_0", *item_features]
-    items = _read_csv(
-        _path(f"obd/{policy}/{campaign}/item_context.csv", folder), required=context, text=("item_id", *item_features), only=context
-    )
+    about = _path(f"obd/{policy}/{campaign}/item_context.csv", folder)
+    items = _read_csv(about, required=context, text=("item_id", *item_features), only=context)
+    items = _require_numbers(about, items, ["item_feature_0"])
     tokens = items[item_features].apply(lambda hashed: hashed.str[:6])
     value = items["item_feature_0"].map("{:+.2f}".format)
     items["text"] = (
         "item " + items["item_id"] + " value " + value + " " + tokens.iloc[:, 0] + " " + tokens.iloc[:, 1] + " " + tokens.iloc[:, 2]
     )
-    rows = impressions.merge(items[["item_id", "text"]], on="item_id", how="left")
+    rows = _joined(impressions, items[["item_id", "text"]], "item_id", log)
     profile = rows[user_features].apply(lambda hashed: hashed.str[:6])
     user_id = profile.iloc[:, 0] + "-" + profile.iloc[:, 1] + "-" + profile.iloc[:, 2] + "-" + profile.iloc[:, 3]
     frame = pd.DataFrame(
@@ -428,28 +682,9 @@ def load_obd(*, policy: str = "random", campaign: str = "all", folder=None) -> p
             "clicked": rows["click"],
         }
     )
-    return validate(frame, source="obd")
+    return _tidy(frame, "obd")
 
 # %% ../../nbs/03_loaders.ipynb #75100e02
-def _grades(labels: pd.Series, scale: dict, path) -> pd.Series:
-    values = labels.map(scale)
-    if values.isna().any():
-        row = values.isna().idxmax()
-        raise ValueError(f"{path}: labels must be {', '.join(scale)}; row {row} has {labels[row]!r}")
-    return values
-
-
-def _joined(left: pd.DataFrame, right: pd.DataFrame, key: str, path) -> pd.DataFrame:
-    """Left join in which every key must be found and is unique on the right."""
-    rows = left.merge(right, on=key, how="left", validate="many_to_one", indicator=True)
-    lost = rows.loc[rows["_merge"] == "left_only", key]
-    if len(lost):
-        raise ValueError(
-            f"{path}: {lost.nunique()} values of {key} are not described in the data set's other file, the first is {lost.iloc[0]!r}"
-        )
-    return rows.drop(columns="_merge")
-
-
 def load_wands(*, text: str = "name", folder=None) -> pd.DataFrame:
     """WANDS: one row per judged pair of a query and a Wayfair product.
 
@@ -485,7 +720,7 @@ def load_wands(*, text: str = "name", folder=None) -> pd.DataFrame:
             "product_class": rows["product_class"],
         }
     )
-    return validate(frame, source="wands")
+    return _tidy(frame, "wands")
 
 # %% ../../nbs/03_loaders.ipynb #e9fa0d01
 _ESCI_GAIN = {"E": 1.0, "S": 0.1, "C": 0.01, "I": 0.0}
@@ -496,7 +731,8 @@ def load_esci(*, locale: str = "us", version: str = "small", split: str | None =
 
     locale: "us", "es" or "jp". version: "small" (the difficult queries of the ranking task) or "large". split: "train", "test" or both.
     text: what text_b holds, "title" or "title and description". folder: read the two Parquet files there, unverified.
-    label is the paper's gain: 1.0 exact, 0.1 substitute, 0.01 complement, 0.0 irrelevant. Further columns: query_id, item_id,
+    label is the paper's gain, which NDCG takes as it is (attrs["highest_grade"] is None): 1.0 exact, 0.1 substitute, 0.01 complement, 0.0
+    irrelevant. Further columns: query_id, item_id,
     esci_label (E, S, C, I), split, brand (may be missing).
     Raises DatasetUnavailable if the files cannot be had, ValueError for an unknown option, a damaged file or no matching rows.
     Source: arXiv:2206.06588.
@@ -533,4 +769,4 @@ def load_esci(*, locale: str = "us", version: str = "small", split: str | None =
             "brand": rows["product_brand"],
         }
     )
-    return validate(frame, source=f"esci, locale {locale}, {version} version")
+    return _tidy(frame, "esci", source=f"esci, locale {locale}, {version} version")

@@ -10,6 +10,7 @@ __all__ = ['DATASETS', 'OVERRIDE', 'File', 'Dataset', 'DatasetUnavailable', 'Wro
 import difflib
 import hashlib
 import importlib.util
+import io
 import os
 import time
 import uuid
@@ -48,7 +49,12 @@ class File:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """What is known of a data set; its card is made from these fields. `rows`, `columns`, `noise` and `note` are short prose."""
+    """What is known of a data set; its card is made from these fields. `rows`, `columns`, `noise` and `note` are short prose.
+
+    highest_grade: of the scale that labels were divided by, so that NDCG's gain is 2^(highest_grade * label) - 1 (Burges et al. 2005);
+    None where a label is a gain already, final as published, or 0 or 1. `evaluate` takes it under the same name. Raises ValueError
+    unless it is None or a whole number from 1 up.
+    """
 
     name: str
     title: str
@@ -61,6 +67,14 @@ class Dataset:
     simulated: bool
     noise: str
     note: str = ""
+    highest_grade: int | None = None
+
+    def __post_init__(self):
+        if self.highest_grade is not None and (type(self.highest_grade) is not int or self.highest_grade < 1):
+            raise ValueError(
+                f"{self.name}: highest_grade is {self.highest_grade!r}; expected the grade that the label 1 stands for, "
+                "or None where labels are gains"
+            )
 
 
 class DatasetUnavailable(OSError):
@@ -118,6 +132,7 @@ _CHORUS = Dataset(
         "single raters differ from the final grade on 13.7 %, 17.2 % and 18.4 %"
     ),
     note="an electronics shop; prices were matched from another source by product code, in cents, currency not stated",
+    highest_grade=3,
 )
 
 _ONLINE_RETAIL = Dataset(
@@ -210,6 +225,7 @@ _WANDS = Dataset(
     simulated=False,
     noise="human judgements; single annotators' grades are not published, so their noise cannot be measured here",
     note="furniture and home; the files are separated by tabs",
+    highest_grade=2,
 )
 
 _ESCI = Dataset(
@@ -254,6 +270,7 @@ _SHOP = Dataset(
     simulated=True,
     noise="set by the caller and known per row: column noisy",
     note="simulated: no person searched, clicked or bought; use it to test a method, not to measure a shop",
+    highest_grade=3,
 )
 
 DATASETS: dict[str, Dataset] = {dataset.name: dataset for dataset in (_CHORUS, _ONLINE_RETAIL, _OBD, _WANDS, _ESCI, _SHOP)}
@@ -319,6 +336,8 @@ def locate(key: str) -> Path | None:
     """
     file = _file(key)
     override = _override_folder()
+    if override and (override / key).is_dir():
+        raise ValueError(f"{override / key} is a folder, not the file; correct {OVERRIDE} or what it names")
     if override and (override / key).is_file():
         path = override / key
         remedy = f"{OVERRIDE} names this file, so nothing is downloaded in its place: replace it by {file.url}, or unset {OVERRIDE}"
@@ -341,37 +360,57 @@ def locate(key: str) -> Path | None:
 _TIMEOUT = (10, 60)  # seconds: to connect, and between two pieces of data
 
 
-def _download(file: File, target: Path) -> None:
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+def _wrong(file: File, what: str) -> WrongDownload:
+    return WrongDownload(
+        f"{file.key}: the bytes from {file.url} {what}. Nothing was kept. "
+        "Something between here and the source changed them (a proxy's page, for example); "
+        f"fetch the file elsewhere and set {OVERRIDE} to the folder that holds {file.key}"
+    )
+
+
+class _Part(io.FileIO):
+    """The file that a download grows in; it takes no more bytes than the registry knows the whole to have."""
+
+    def __init__(self, path: Path, file: File):
+        super().__init__(path, "w")
+        self.file = file
+
+    def write(self, piece: bytes) -> int:
+        if self.file.size_bytes is not None and self.tell() + len(piece) > self.file.size_bytes:
+            raise _wrong(self.file, f"are more than the {self.file.size_bytes} bytes expected")
+        return super().write(piece)
+
+
+def _receive(file: File, path: Path) -> None:
     # Compressed transfer would make the length on the progress bar wrong.
     options = dict(chunk_size=1 << 16, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
+    with tqdm(desc=file.key, total=file.size_bytes or 1, unit="B", unit_scale=True) as bar, _Part(path, file) as part:
+        try:
+            pooch.HTTPDownloader(progressbar=bar, **options)(file.url, part, None)
+        except BaseException:
+            bar.leave = False  # a bar that stopped halfway would only puzzle
+            raise
+
+
+def _download(file: File, target: Path) -> None:
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for last_try in (False, True):
-            try:
-                with tqdm(desc=file.key, total=file.size_bytes or 1, unit="B", unit_scale=True) as bar:
-                    try:
-                        pooch.HTTPDownloader(progressbar=bar, **options)(file.url, str(part), None)
-                    except BaseException:
-                        bar.leave = False  # a bar that stopped halfway would only puzzle
-                        raise
-                break
-            except OSError:
-                if last_try:
-                    raise
-                time.sleep(1)
+        try:
+            _receive(file, part)
+        except WrongDownload:
+            raise
+        except OSError:
+            time.sleep(1)
+            _receive(file, part)
         found = _hash_of(part, file)
         if found != file.hash:
-            raise WrongDownload(
-                f"{file.key}: the bytes from {file.url} have {found}, expected {file.hash}. Nothing was kept. "
-                "Something between here and the source changed them (a proxy's page, for example); "
-                f"fetch the file elsewhere and set {OVERRIDE} to the folder that holds {file.key}"
-            )
+            raise _wrong(file, f"have {found}, expected {file.hash}")
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
 
-
+# %% ../../nbs/02_registry.ipynb #5829944b
 def fetch(key: str) -> Path:
     """The file on this machine, verified by its hash; downloaded to the cache if it is not here yet.
 
@@ -412,11 +451,13 @@ def card(name: str) -> pd.DataFrame:
         raise ValueError(f"no data set {name!r} in the registry; {_nearest(name, DATASETS)}")
     dataset = DATASETS[name]
     sizes = [file.size_bytes for file in dataset.files]
+    graded = f"grade / {dataset.highest_grade}; the gain of NDCG is 2^grade - 1"
     facts = {
         "title": dataset.title,
         "real or simulated": "simulated" if dataset.simulated else "real",
         "rows": dataset.rows,
         "columns": dataset.columns,
+        "label": "the gain of NDCG itself" if dataset.highest_grade is None else graded,
         "known noise": dataset.noise,
         "licence": dataset.licence,
         "citation": dataset.citation,
