@@ -25,11 +25,15 @@ BERT = {
     "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),  # for the tests
 }
 LLAMA = {  # RMSNorm, rotary positions, grouped queries, a gated perceptron
-    "llama": dict(vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, intermediate_size=2048),
+    "llama": dict(  # about the size of bert-base
+        vocab_size=32000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, intermediate_size=2048
+    ),
     "llama-1b": dict(
         vocab_size=128256, hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192
     ),
-    "tiny-llama": dict(vocab_size=32000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64),
+    "tiny-llama": dict(
+        vocab_size=32000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64
+    ),
 }
 T5 = {  # the encoder alone
     "t5": dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12),
@@ -144,7 +148,7 @@ def build_case(arguments: argparse.Namespace, device: torch.device) -> Case:
 
 
 def add_adapters(model: torch.nn.Module, family: Family, rank: int) -> None:
-    """Low-rank adapters from peft; only they and the classifier's head are trained. Neither factor starts at zero, so both have gradients."""
+    """Low-rank adapters from peft; they and the head alone are trained. Neither factor starts at zero, so that both have gradients."""
     from peft import LoraConfig, inject_adapter_in_model
 
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=family.adapted, init_lora_weights=False)

@@ -48,7 +48,9 @@ class Method:
     name: str
     kind: str  # plain, scores or weighted
     prepare: Callable[[Case], contextlib.AbstractContextManager[Step]]
-    parameters: str | None = "all"  # over which the norms are taken: all, norms (of layers), head; None for a score that is no norm over parameters
+    parameters: str | None = (
+        "all"  # over which the norms are taken: all, norms (of layers), head; None for a score that is no norm over parameters
+    )
     kernels: str | None = None  # which matrix kernels the engine may use; None for methods that are not the engine
 
 
@@ -57,9 +59,9 @@ def plain(case: Case) -> Iterator[Step]:
     yield lambda: case.loss(case.model, case.batch).mean().backward()
 
 
-# With kernels "auto" the engine may multiply with oneDNN in place of torch's own kernels, which the other methods could do too if torch did.
-# The rows "(torch kernels)" show what the algorithm saves, the difference what the kernels do. `check` says of every step whether the engine
-# verifies it against autograd; left to itself it does so ever more rarely, which belongs to a run and not to a step.
+# With kernels "auto" the engine may multiply with oneDNN in place of torch's own kernels, which the other methods could do too if torch
+# did. The rows "(torch kernels)" show what the algorithm saves, the difference what the kernels do. `check` says of every step whether the
+# engine verifies it against autograd; left to itself it does so ever more rarely, which is a matter of a run and not of a step.
 def engine_scores(parameters: str, kernels: str, *, check: bool = False):
     @contextlib.contextmanager
     def prepare(case: Case) -> Iterator[Step]:
@@ -327,7 +329,9 @@ def profiled(step: Step) -> tuple[torch.Tensor | None, list]:
 def peak_of(events: list) -> int:
     """The most bytes that torch's allocator had handed out at one time."""
     held = peak = 0
-    for _, change in sorted(((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda pair: pair[0]):
+    for _, change in sorted(
+        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda pair: pair[0]
+    ):
         held += change
         peak = max(peak, held)
     return peak
@@ -340,9 +344,7 @@ def products_of(events: list) -> dict[str, int]:
     return {"oneDNN": sum(count for name, count in seen.items() if name.startswith("mkldnn::")), "torch": torch_s}
 
 
-def measure(
-    bench: Bench, methods: list[Method], repeats: int, seed: int, results: dict[str, dict], *, until: float = float("inf")
-) -> None:
+def measure(bench: Bench, methods: list[Method], repeats: int, seed: int, results: dict[str, dict], *, until: float = float("inf")) -> None:
     """Fill `results`, per method: its error, or its inspection and the seconds of each round. A failure ends that method only.
 
     until: no step begins after this time of time.monotonic(). What stopped early, by that or by an exception, leaves what it had measured.
@@ -437,7 +439,9 @@ def certificates(results: dict[str, dict], setting: dict) -> Iterator[dict]:
 def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--lora", type=whole_number(0), default=0, help="rank of low-rank adapters (peft), which alone are trained; 0: none")
+    parser.add_argument(
+        "--lora", type=whole_number(0), default=0, help="rank of low-rank adapters (peft), which alone are trained; 0: none"
+    )
     parser.add_argument("--batch", type=whole_number(1), default=16, help="samples in the batch")
     parser.add_argument("--tokens", type=whole_number(1, 512), default=64, help="tokens per sample, at most 512")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 and float16 through autocast")

@@ -20,7 +20,20 @@ import torch
 
 # Those that decide how fast a matrix product is, by their names in /proc/cpuinfo.
 INSTRUCTION_SETS = (
-    *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
+    *(
+        "avx",
+        "avx2",
+        "fma",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+    ),
     *("asimd", "asimddp", "sve", "sve2", "i8mm", "bf16"),  # of Arm
 )
 
@@ -33,7 +46,8 @@ def machine(device: torch.device) -> dict:
         "processor": device_name(torch.device("cpu")),
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in processor.get("flags", processor.get("Features", "")).split()],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len({(each.get("physical id"), each.get("core id", number)) for number, each in enumerate(_processors())}) or os.cpu_count(),
+        "cores": len({(each.get("physical id"), each.get("core id", number)) for number, each in enumerate(_processors())})
+        or os.cpu_count(),
         "l3_mib": _l3_mib(),
         "threads": torch.get_num_threads(),
     }
@@ -207,7 +221,7 @@ def processor_or_gpu(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda" if gpus else "cpu")
     if text not in there:
-        raise argparse.ArgumentTypeError(f"device {text!r} is not available; expected auto or one of {', '.join(there)}")
+        raise argparse.ArgumentTypeError(f"device {text!r} is not available; expected {', '.join(['auto', *there])}")
     return torch.device(text)
 
 
