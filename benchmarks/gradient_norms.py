@@ -48,9 +48,7 @@ class Method:
     name: str
     kind: str  # plain, scores or weighted
     prepare: Callable[[Case], contextlib.AbstractContextManager[Step]]
-    parameters: str | None = (
-        "all"  # over which the norms are taken: all, norms (of layers), head; None for a score that is no norm over parameters
-    )
+    parameters: str | None = "all"  # over which the norms are taken, a name of Family.parts; None for a score that is no such norm
     kernels: str | None = None  # which matrix kernels the engine may use; None for methods that are not the engine
 
 
@@ -284,6 +282,11 @@ class Bench:
             "products": products,
         }
 
+    def peak(self, method: Method) -> int:
+        """Peak memory of one step in bytes, parameters included."""
+        with self.ready(method) as step:
+            return (self.on_gpu if self.device.type == "cuda" else self.on_cpu)(step)[1]
+
     def on_gpu(self, step: Step):
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -329,9 +332,8 @@ def profiled(step: Step) -> tuple[torch.Tensor | None, list]:
 def peak_of(events: list) -> int:
     """The most bytes that torch's allocator had handed out at one time."""
     held = peak = 0
-    for _, change in sorted(
-        ((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"), key=lambda pair: pair[0]
-    ):
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
         held += change
         peak = max(peak, held)
     return peak

@@ -20,34 +20,22 @@ import torch
 
 # Those that decide how fast a matrix product is, by their names in /proc/cpuinfo.
 INSTRUCTION_SETS = (
-    *(
-        "avx",
-        "avx2",
-        "fma",
-        "avx_vnni",
-        "avx512f",
-        "avx512bw",
-        "avx512_vnni",
-        "avx512_bf16",
-        "avx512_fp16",
-        "amx_tile",
-        "amx_int8",
-        "amx_bf16",
-    ),
+    *("avx", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "sve", "sve2", "i8mm", "bf16"),  # of Arm
 )
 
 
 def machine(device: torch.device) -> dict:
     """The fields of every line that say where it was measured; on a GPU with its driver and how it multiplies float32."""
-    processor = _processors()[0] if _processors() else {}
+    each = _processors()
+    flags = (each[0].get("flags") or each[0].get("Features", "")).split() if each else []
     fields = {
         "device": device_name(device),
         "processor": device_name(torch.device("cpu")),
-        "instruction_sets": [name for name in INSTRUCTION_SETS if name in processor.get("flags", processor.get("Features", "")).split()],
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len({(each.get("physical id"), each.get("core id", number)) for number, each in enumerate(_processors())})
-        or os.cpu_count(),
+        "cores": len({(one.get("physical id"), one.get("core id", number)) for number, one in enumerate(each)}) or os.cpu_count(),
         "l3_mib": _l3_mib(),
         "threads": torch.get_num_threads(),
     }

@@ -129,8 +129,8 @@ def rates(seconds: dict[str, list[float]], samples: int) -> dict:
 
 def row_of(
     arguments: argparse.Namespace, growth: dict[str, float] | None, write: Callable[[list[dict]], None], *, until: float = float("inf")
-) -> None:
-    """Measure, and hand over the row, also that of a measurement that is cut short. growth: as measured before, if it was."""
+) -> bool:
+    """Measure, and hand over the row, if a round was complete (returns whether), also that of a measurement that is cut short. growth: as measured before, if it was."""
     setting = {
         "peak_resident_growth_mib": growth,
         "data": "synthetic",
@@ -144,6 +144,7 @@ def row_of(
     seconds, checked = {}, {}
     try:
         checked = throughput(arguments, pair, seconds, until=until)
+        return bool(rates(seconds, arguments.samples))
     finally:
         found = rates(seconds, arguments.samples)
         if found:
