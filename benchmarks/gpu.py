@@ -25,19 +25,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-for folder in (str(ROOT), str(HERE)):  # a machine on which nothing of this is installed
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a process that asked the driver for its GPUs could not fork others that use them
 
 import torch
 from record import append, check_writable, described, machine, now, processor_or_gpu, rounded, script, seconds, versions
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 GRACE = 5.0  # seconds that a part gets beyond its limit to write what it has
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "pandas", "pyarrow", "scikit-learn", "peft", "opacus", "pytest", "hypothesis")
+IMPORTED = (  # once, before the processes of the parts are forked
+    *("gradient_norms", "selective_step", "score_dataset", "simulated_training"),
+    *("opacus.grad_sample", "peft", "pytest", "torch._dynamo", "matplotlib.pyplot"),
+)
 METHODS = (
     *("engine scores", "engine weighted", "engine scores (with certificate)", "engine weighted (with certificate)"),
     *("opacus ghost", "opacus grad sample", "torch.func", "loop"),
@@ -292,13 +294,35 @@ def end(process) -> None:
 
 
 def started(arguments: argparse.Namespace) -> tuple[object, dict]:
-    """How processes are made, from one that has imported everything and never touches the GPU; and the fields of every line."""
+    """How processes are made, and the fields of every line.
+
+    They are forked from a process that has imported everything once and never touches the GPU. Where such a process cannot use the GPU
+    all the same, each is started anew, which takes longer.
+    """
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE), str(ROOT), os.environ.get("PYTHONPATH"))))
-    context = multiprocessing.get_context(arguments.start)
-    if arguments.start == "forkserver":
-        context.set_forkserver_preload(["gradient_norms", "selective_step", "score_dataset", "simulated_training"])
+    context, start = multiprocessing.get_context(arguments.start), arguments.start
+    if start == "forkserver":
+        context.set_forkserver_preload([name for name in IMPORTED if not absent((name.partition(".")[0],))])
+        say("importing ...")
+        if not usable(context, arguments.device):
+            context, start = multiprocessing.get_context("spawn"), "spawn"
+            say("a forked process cannot use the device; each part starts anew")
     setting = machine(arguments.device) | versions(*PACKAGES)
-    return context, setting | {"python": platform.python_version(), "array_api_compat": array_api(), "date": now()}
+    setting |= {"python": platform.python_version(), "array_api_compat": array_api(), "started_by": start, "date": now()}
+    return context, setting
+
+
+def usable(context, device: torch.device) -> bool:
+    process = context.Process(target=touch, args=(str(device),))
+    process.start()
+    process.join(120)
+    fine = process.exitcode == 0
+    end(process)
+    return fine
+
+
+def touch(device: str) -> None:
+    torch.ones(2, device=device).sum().item()
 
 
 def run_all(arguments: argparse.Namespace) -> int:
@@ -319,9 +343,8 @@ def run_all(arguments: argparse.Namespace) -> int:
         append(arguments.out / "parts.jsonl", [line | setting])
         print(json.dumps(line), flush=True)
         statuses.append(found["status"])
-    say(
-        f"{statuses.count('ran')} of {len(statuses)} parts ran, on {setting['device']}, in {time.monotonic() - begun:.0f} s: {arguments.out}"
-    )
+    ran, took = statuses.count("ran"), time.monotonic() - begun
+    say(f"{ran} of {len(statuses)} parts ran, on {setting['device']}, in {took:.0f} s: {arguments.out}")
     return 0 if set(statuses) == {"ran"} else 1
 
 
@@ -333,14 +356,10 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that gets the lines; an earlier run's stay, with their own date")
     parser.add_argument("--device", type=processor_or_gpu, default="auto", help="auto, cuda, cuda:1, or cpu with --size tiny")
-    parser.add_argument(
-        "--size", choices=("full", "tiny"), default="full", help="tiny: toys, to try the command in seconds, on any machine"
-    )
+    parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: toys, to try the command anywhere")
     parser.add_argument("--budget", type=seconds, default=480.0, help="seconds for all parts; those for which none are left are left out")
     parser.add_argument("--parts", default="all", help=f"all, or names with commas between them: {', '.join(PARTS)}")
-    parser.add_argument(
-        "--start", choices=("forkserver", "spawn"), default="forkserver", help="how a part's process is made; spawn is slower"
-    )
+    parser.add_argument("--start", choices=("forkserver", "spawn"), default="forkserver", help="how processes are made; spawn is slower")
     arguments = parser.parse_args(given)
     names = list(PARTS) if arguments.parts == "all" else [name.strip() for name in arguments.parts.split(",")]
     unknown = [name for name in names if name not in PARTS]

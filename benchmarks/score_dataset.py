@@ -130,7 +130,10 @@ def rates(seconds: dict[str, list[float]], samples: int) -> dict:
 def row_of(
     arguments: argparse.Namespace, growth: dict[str, float] | None, write: Callable[[list[dict]], None], *, until: float = float("inf")
 ) -> bool:
-    """Measure, and hand over the row, if a round was complete (returns whether), also that of a measurement that is cut short. growth: as measured before, if it was."""
+    """Measure, and hand over the row, also that of a measurement that is cut short; returns whether a round was complete.
+
+    growth: as measured before, if it was.
+    """
     setting = {
         "peak_resident_growth_mib": growth,
         "data": "synthetic",

@@ -6,6 +6,7 @@ precision. They say nothing about which weighting is better on real data, and co
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -144,9 +145,7 @@ def draw(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def curve(
-    size: str, device: torch.device, picture: Path, write: Callable[[list[dict]], None], *, until: float = float("inf")
-) -> list[dict]:
+def curve(size: str, device: torch.device, picture: Path, write: Callable[[list[dict]], None], *, until: float) -> list[dict]:
     """Train, hand over each row as it comes, and draw the curves where matplotlib is installed; returns the rows."""
     rows = []
     try:
@@ -154,13 +153,6 @@ def curve(
             write([row])
             rows.append(row)
     finally:
-        if rows:
-            with_matplotlib(rows, picture)
+        if rows and importlib.util.find_spec("matplotlib") is not None:
+            draw(rows, picture)
     return rows
-
-
-def with_matplotlib(rows: list[dict], picture: Path) -> None:
-    try:
-        draw(rows, picture)
-    except ModuleNotFoundError as error:
-        print(f"no picture of the curves: {error}", flush=True)
