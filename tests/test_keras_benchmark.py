@@ -9,8 +9,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 FIELDS = [
-    *("method", "kind", "seconds_median", "ratio_to_plain", "peak_memory_ratio", "max_rel_error", "gradient_rel_error", "seconds"),
-    *("kernels", "device", "threads", "tensorflow", "keras", "keras_hub"),
+    *("method", "kind", "seconds_median", "ratio_to_plain", "peak_memory_ratio", "peak_memory_mib"),
+    *("max_rel_error", "gradient_rel_error", "seconds", "kernels", "products"),
+    *("device", "processor", "instruction_sets", "cpu_capability", "cores", "l3_mib", "threads", "tensorflow", "keras", "keras_hub"),
     *("model", "batch", "tokens", "dtype", "padding", "repeats", "seed", "compiled", "date"),
 ]
 KINDS = {
