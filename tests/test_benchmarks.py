@@ -359,10 +359,10 @@ def check_curve(rows):
 def test_a_short_training_learns(bench):
     """The simulated task can be learned: a tiny model gets from chance to well above it, with every weighting."""
     module = importlib.import_module("simulated_training")
-    size = module.Size("tiny", batch=32, tokens=16, steps=120, every=120, texts=128, rate=3e-3)
+    size = module.Size("tiny", batch=32, tokens=16, steps=60, every=60, texts=128, rate=3e-3)
     rows = list(module.train(size, 0, torch.device("cpu")))
     assert [row["weighting"] for row in rows] == ["uniform", "importance", "inverse"]
-    assert min(row["test_accuracy"] for row in rows) > 0.75
+    assert min(row["test_accuracy"] for row in rows) > 0.8
 
 
 def test_parts_that_fail_leave_the_others(tmp_path):
