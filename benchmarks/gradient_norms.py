@@ -27,7 +27,8 @@ from cases import DTYPES, MODELS, Case, build_case
 from record import described, machine, now, output_file, processor_or_gpu, publish, rounded, script, seed, versions, whole_number
 from tqdm import tqdm
 
-from recsys_importance import gradients
+from recsys_importance.gradients import gradient_norms, weighted_backward
+from recsys_importance.gradients import kernels as choice
 from recsys_importance.importance import Weighting
 from recsys_importance.proxies import error_norms, last_layer_norms
 from recsys_importance.reference import gradient_norms_by_loop, weighted_backward_by_loop
@@ -64,9 +65,7 @@ def engine_scores(parameters: str, kernels: str, *, check: bool = False):
     @contextlib.contextmanager
     def prepare(case: Case) -> Iterator[Step]:
         with engine_kernels(kernels):
-            yield partial(
-                gradients.gradient_norms, case.model, case.loss, case.batch, parameters=case.family.parts[parameters], check=check
-            )
+            yield partial(gradient_norms, case.model, case.loss, case.batch, parameters=case.family.parts[parameters], check=check)
 
     return prepare
 
@@ -75,18 +74,18 @@ def engine_weighted(kernels: str, *, check: bool = False):
     @contextlib.contextmanager
     def prepare(case: Case) -> Iterator[Step]:
         with engine_kernels(kernels):
-            yield lambda: gradients.weighted_backward(case.model, case.loss, case.batch, Weighting(), check=check).norms
+            yield lambda: weighted_backward(case.model, case.loss, case.batch, Weighting(), check=check).norms
 
     return prepare
 
 
 @contextlib.contextmanager
 def engine_kernels(kernels: str):
-    before, gradients.KERNELS = gradients.KERNELS, kernels
+    before, choice.KERNELS = choice.KERNELS, kernels
     try:
         yield
     finally:
-        gradients.KERNELS = before
+        choice.KERNELS = before
 
 
 @contextlib.contextmanager

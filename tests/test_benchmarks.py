@@ -377,7 +377,7 @@ def test_parts_that_fail_leave_the_others(tmp_path):
     assert found == {
         "raises": ("failed", ["ValueError: no luck"]),
         "dies": ("failed", ["its process ended with status 9"]),
-        "hangs": ("failed", ["no end within 4 s"]),
+        "hangs": ("failed", ["no end within 10 s"]),
         "lacks": ("left out", ["not installed: no_such_package"]),
         "runs": ("ran", []),
     }
