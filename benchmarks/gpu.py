@@ -258,7 +258,10 @@ def run_part(context, part: Part, limit: float, arguments: argparse.Namespace, s
     outcome, inside = context.Pipe(duplex=False)
     given = (inside, part.name, str(arguments.device), arguments.size, start + limit, arguments.out, setting)
     process = context.Process(target=at_work, args=given)
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError) as error:
+        return {"status": "failed", "seconds": 0.0, "wrong": [f"its process did not start: {described(error)}"]}
     inside.close()
     try:
         wrong = answer(process, outcome, limit + GRACE)
@@ -313,8 +316,12 @@ def started(arguments: argparse.Namespace) -> tuple[object, dict]:
 
 
 def usable(context, device: torch.device) -> bool:
+    """Whether a forked process gets to the device; not so, too, if an import ends the process that is to fork it."""
     process = context.Process(target=touch, args=(str(device),))
-    process.start()
+    try:
+        process.start()
+    except (EOFError, OSError):
+        return False
     process.join(120)
     fine = process.exitcode == 0
     end(process)

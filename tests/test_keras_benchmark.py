@@ -107,8 +107,8 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(bench, monkeypatch):
     ("options", "said"),
     [
         (["--methods", "engine scores,tape"], "no method 'tape'; there are plain, engine scores"),
-        (["--batch", "0"], "--batch and --repeats of 1 or more"),
-        (["--tokens", "513"], "--tokens from 1 to 512"),
+        (["--batch", "0"], "--batch: expected a whole number of 1 or more"),
+        (["--tokens", "513"], "--tokens: expected a whole number from 1 to 512"),
         (["--compiled", "eager"], "invalid choice: 'eager'"),
     ],
 )
