@@ -8,102 +8,33 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib.metadata
-import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler is used for its record, not for its log
 
 import torch
+from cases import DTYPES, MODELS, Case, build_case
+from record import described, machine, now, output_file, processor_or_gpu, publish, rounded, script, seed, versions, whole_number
 from tqdm import tqdm
-from transformers import BertConfig, BertForSequenceClassification
 
-from recsys_importance import gradients
+from recsys_importance.gradients import gradient_norms, weighted_backward
+from recsys_importance.gradients import kernels as choice
 from recsys_importance.importance import Weighting
-from recsys_importance.models import pick_device
 from recsys_importance.proxies import error_norms, last_layer_norms
 from recsys_importance.reference import gradient_norms_by_loop, weighted_backward_by_loop
 
-MODELS = {
-    "bert-base": {},
-    "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
-    "tiny": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),  # for the tests
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED_SAMPLES = 3  # whose norms are compared with the float64 loop
-
-
-@dataclass(frozen=True)
-class Case:
-    """What every method is given: a model in eval mode, its per-sample loss, a batch; and the loss without autocast, to compare with."""
-
-    model: torch.nn.Module
-    loss: Callable[[torch.nn.Module, dict], torch.Tensor]
-    exact_loss: Callable[[torch.nn.Module, dict], torch.Tensor]
-    batch: dict
-
-    def peers_batch(self) -> dict:
-        """The batch with position and token-type ids of shape (B, T). Left to itself the model looks positions up once for all samples,
-        as (1, T), which Opacus takes for a batch of one: https://github.com/meta-pytorch/opacus/issues/841."""
-        ids = self.batch["input_ids"]
-        positions = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)  # not expand: Opacus takes a view of it
-        return {"token_type_ids": torch.zeros_like(ids)} | self.batch | {"position_ids": positions}
-
-
-def build_case(arguments: argparse.Namespace, device: torch.device) -> Case:
-    torch.manual_seed(arguments.seed)
-    # Without dropout, so that train mode, in which alone Opacus records, computes what eval mode does.
-    config = BertConfig(num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **MODELS[arguments.model])
-    model = BertForSequenceClassification(config).eval()
-    build = real_batch if arguments.padding == "real" else random_batch
-    batch = build(arguments.batch, arguments.tokens, arguments.seed)
-    dtype = DTYPES[arguments.dtype]
-    exact_loss = partial(cross_entropy, autocast=contextlib.nullcontext)
-    loss = exact_loss if dtype == torch.float32 else partial(cross_entropy, autocast=partial(torch.autocast, device.type, dtype=dtype))
-    return Case(model.to(device), loss, exact_loss, {name: value.to(device) for name, value in batch.items()})
-
-
-def cross_entropy(model: torch.nn.Module, batch: dict, *, autocast) -> torch.Tensor:
-    """Per-sample loss, (B,), in float32 or better; the model runs inside the context that `autocast` makes."""
-    with autocast():
-        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
-
-
-def random_batch(count: int, tokens: int, seed: int) -> dict:
-    """Random words, all samples of full length."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "input_ids": torch.randint(1000, BertConfig().vocab_size, (count, tokens), generator=generator),
-        "labels": torch.randint(2, (count,), generator=generator),
-    }
-
-
-def real_batch(count: int, tokens: int, seed: int) -> dict:
-    """Chorus pairs as MiniLM's tokenizer (BERT's vocabulary) cuts them, padded to `tokens`."""
-    from transformers import AutoTokenizer
-
-    from recsys_importance.data import load
-    from recsys_importance.models import encoder_path
-
-    rows = load("chorus").sample(count, random_state=seed)
-    tokenizer = AutoTokenizer.from_pretrained(encoder_path("minilm"))
-    options = dict(padding="max_length", max_length=tokens, truncation=True, return_tensors="pt")
-    encoded = tokenizer(rows["text_a"].tolist(), rows["text_b"].tolist(), **options)
-    return dict(encoded) | {"labels": torch.tensor((rows["label"] > 0.5).to_numpy(dtype="int64"))}
+CHECKS_IN_1000_STEPS = 4  # the engine's own schedule: steps 1, 10, 100 and 1,000
 
 
 # Methods --------------------------------------------------------------------------------------------------------------------------------
@@ -118,8 +49,8 @@ class Method:
     name: str
     kind: str  # plain, scores or weighted
     prepare: Callable[[Case], contextlib.AbstractContextManager[Step]]
-    parameters: str | None = "*"  # over which the norms are taken; None for a score that is no norm over parameters
-    kernels: str | None = None  # which matrix kernels the engine uses; None for methods that are not the engine
+    parameters: str | None = "all"  # over which the norms are taken, a name of Family.parts; None for a score that is no such norm
+    kernels: str | None = None  # which matrix kernels the engine may use; None for methods that are not the engine
 
 
 @contextlib.contextmanager
@@ -127,33 +58,34 @@ def plain(case: Case) -> Iterator[Step]:
     yield lambda: case.loss(case.model, case.batch).mean().backward()
 
 
-# On processors on which MKL multiplies slowly the engine multiplies with oneDNN (kernels "auto"), which the other methods could do too if
-# torch did. With "torch" kernels it uses torch's own. The pair shows what the algorithm saves and what the kernel does.
-def engine_scores(parameters: str, kernels: str):
+# With kernels "auto" the engine may multiply with oneDNN in place of torch's own kernels, which the other methods could do too if torch
+# did. The rows "(torch kernels)" show what the algorithm saves, the difference what the kernels do. `check` says of every step whether the
+# engine verifies it against autograd; left to itself it does so ever more rarely, which is a matter of a run and not of a step.
+def engine_scores(parameters: str, kernels: str, *, check: bool = False):
     @contextlib.contextmanager
     def prepare(case: Case) -> Iterator[Step]:
         with engine_kernels(kernels):
-            yield lambda: gradients.gradient_norms(case.model, case.loss, case.batch, parameters=parameters)
+            yield partial(gradient_norms, case.model, case.loss, case.batch, parameters=case.family.parts[parameters], check=check)
 
     return prepare
 
 
-def engine_weighted(kernels: str):
+def engine_weighted(kernels: str, *, check: bool = False):
     @contextlib.contextmanager
     def prepare(case: Case) -> Iterator[Step]:
         with engine_kernels(kernels):
-            yield lambda: gradients.weighted_backward(case.model, case.loss, case.batch, Weighting()).norms
+            yield lambda: weighted_backward(case.model, case.loss, case.batch, Weighting(), check=check).norms
 
     return prepare
 
 
 @contextlib.contextmanager
 def engine_kernels(kernels: str):
-    before, gradients.KERNELS = gradients.KERNELS, kernels
+    before, choice.KERNELS = choice.KERNELS, kernels
     try:
         yield
     finally:
-        gradients.KERNELS = before
+        choice.KERNELS = before
 
 
 @contextlib.contextmanager
@@ -163,7 +95,7 @@ def el2n(case: Case) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def last_layer(case: Case) -> Iterator[Step]:
-    yield lambda: last_layer_norms(case.model, case.loss, case.batch, "classifier")
+    yield lambda: last_layer_norms(case.model, case.loss, case.batch, case.family.parts["head"].removesuffix(".*"))
 
 
 @contextlib.contextmanager
@@ -193,7 +125,7 @@ def opacus_ghost(case: Case) -> Iterator[Step]:
             return norms / norms.sum()
 
     with opacus_wrapped(ByImportance, case) as wrapped:
-        batch, optimizer = case.peers_batch(), torch.optim.SGD(case.model.parameters())
+        batch, optimizer = case.peers_batch(), torch.optim.SGD(case.trainable)
 
         def step():
             DPTensorFastGradientClipping(wrapped, optimizer, case.loss(wrapped, batch)).backward()
@@ -208,7 +140,7 @@ def opacus_grad_sample(case: Case) -> Iterator[Step]:
     from opacus.grad_sample import GradSampleModule
 
     with opacus_wrapped(GradSampleModule, case) as wrapped:
-        batch, parameters = case.peers_batch(), list(case.model.parameters())
+        batch, parameters = case.peers_batch(), case.trainable
 
         def step():
             case.loss(wrapped, batch).mean().backward()
@@ -240,9 +172,12 @@ def torch_func(case: Case) -> Iterator[Step]:
 
     batch, module = case.peers_batch(), OneLoss(case)
     if "attention_mask" in batch:
-        hidden = (batch["attention_mask"] == 0)[:, None, None].expand(-1, 1, batch["input_ids"].shape[1], -1)
+        tokens = batch["input_ids"].shape[1]
+        hidden = (batch["attention_mask"] == 0)[:, None, None].expand(-1, 1, tokens, -1)
+        if case.family.causal:
+            hidden = hidden | torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
         batch["attention_mask"] = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, torch.finfo(torch.float32).min)
-    parameters = dict(module.named_parameters())
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     detached = {name: p.detach() for name, p in parameters.items()}
     per_sample = vmap(grad(lambda values, sample: functional_call(module, values, (sample,))), in_dims=(None, 0))
 
@@ -275,14 +210,16 @@ METHODS = {
     method.name: method
     for method in (
         Method("plain", "plain", plain),
-        Method("engine scores", "scores", engine_scores("*", "auto"), kernels="auto"),
+        Method("engine scores", "scores", engine_scores("all", "auto"), kernels="auto"),
         Method("engine weighted", "weighted", engine_weighted("auto"), kernels="auto"),
-        Method("engine scores (torch kernels)", "scores", engine_scores("*", "torch"), kernels="torch"),
+        Method("engine scores (with certificate)", "scores", engine_scores("all", "auto", check=True), kernels="auto"),
+        Method("engine weighted (with certificate)", "weighted", engine_weighted("auto", check=True), kernels="auto"),
+        Method("engine scores (torch kernels)", "scores", engine_scores("all", "torch"), kernels="torch"),
         Method("engine weighted (torch kernels)", "weighted", engine_weighted("torch"), kernels="torch"),
-        Method("engine layer-norm scores", "scores", engine_scores("*LayerNorm*", "auto"), "*LayerNorm*", "auto"),
-        Method("engine head scores", "scores", engine_scores("classifier.*", "auto"), "classifier.*", "auto"),
+        Method("engine layer-norm scores", "scores", engine_scores("norms", "auto"), "norms", "auto"),
+        Method("engine head scores", "scores", engine_scores("head", "auto"), "head", "auto"),
         Method("EL2N", "scores", el2n, None),
-        Method("last layer closed form", "scores", last_layer, "classifier.*"),
+        Method("last layer closed form", "scores", last_layer, "head"),
         Method("opacus ghost", "weighted", opacus_ghost),
         Method("opacus grad sample", "weighted", opacus_grad_sample),
         Method("torch.func", "weighted", torch_func),
@@ -329,50 +266,54 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def inspect(self, method: Method) -> dict:
-        """Peak memory in bytes, parameters included, and errors, in a run of its own."""
+        """Peak memory in bytes, parameters included, kernels and errors, in a run of its own."""
+        if method.kernels is not None:
+            self.seconds(method)  # an engine that tries kernels out on first use has made its choice after this
         with self.ready(method) as step:
-            norms, peak = (self.on_gpu if self.device.type == "cuda" else self.on_cpu)(step)
+            norms, peak, products = (self.on_gpu if self.device.type == "cuda" else self.on_cpu)(step)
         if norms is not None and not torch.isfinite(norms).all():
             raise ValueError(f"norms of {int((~torch.isfinite(norms)).sum())} of {len(norms)} samples are not finite in {norms.dtype}")
         return {
             "peak_bytes": peak,
             "max_rel_error": None if norms is None or method.parameters is None else self.error_of_norms(norms, method.parameters),
             "gradient_rel_error": self.error_of_gradient(norms) if method.kind == "weighted" else None,
+            "kernels": "oneDNN" if products and products["oneDNN"] else "torch",
+            "products": products,
         }
+
+    def peak(self, method: Method) -> int:
+        """Peak memory of one step in bytes, parameters included."""
+        with self.ready(method) as step:
+            return (self.on_gpu if self.device.type == "cuda" else self.on_cpu)(step)[1]
 
     def on_gpu(self, step: Step):
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         norms = step()
         torch.cuda.synchronize(self.device)
-        return norms, torch.cuda.max_memory_allocated(self.device)
+        return norms, torch.cuda.max_memory_allocated(self.device), None
 
     def on_cpu(self, step: Step):
-        """Peak of what torch's allocator hands out, from the profiler's record of every allocation and release."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            norms = step()
-        events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-        held = peak = 0
-        for _, change in sorted(((event.start_ns(), event.nbytes()) for event in events), key=lambda pair: pair[0]):
-            held += change
-            peak = max(peak, held)
+        norms, events = profiled(step)
+        peak = peak_of(events)
         if not peak:
             raise RuntimeError("the profiler recorded no allocation; this torch build has no memory profiling")
-        return norms, self.parameter_bytes + peak
+        return norms, self.parameter_bytes + peak, products_of(events)
 
     def error_of_norms(self, norms: torch.Tensor, parameters: str) -> float:
         """Largest relative difference from the loop in float64, which runs without autocast."""
         if parameters not in self.exact:
             few = {name: value[:CHECKED_SAMPLES] for name, value in self.case.batch.items()}
+            pattern = self.case.family.parts[parameters]
             self.exact[parameters] = gradient_norms_by_loop(
-                self.case.model, self.case.exact_loss, few, parameters=parameters, dtype=torch.float64
+                self.case.model, self.case.exact_loss, few, parameters=pattern, dtype=torch.float64
             )
         exact = self.exact[parameters]
         return float(((norms[: len(exact)].detach().double() - exact) / exact).abs().max())
 
     def error_of_gradient(self, norms: torch.Tensor) -> float:
         """L2 distance of .grad from a plain backward pass of the losses weighted by the method's own norms, relative to that."""
-        found = {p: p.grad for p in self.case.model.parameters()}
+        found = {p: p.grad for p in self.case.trainable}
         self.clear()
         weights = (norms / norms.sum()).detach()
         (weights * self.case.loss(self.case.model, self.case.batch)).sum().backward()
@@ -380,17 +321,35 @@ class Bench:
         return float(sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(b.square().sum() for _, b in pairs).sqrt())
 
 
-def engine_multiplies_with(method: Method, case: Case, dtype: torch.dtype) -> str:
-    """What the engine's matrix products run on."""
-    if method.kernels is None:
-        return "torch"
-    with engine_kernels(method.kernels):
-        return "oneDNN" if gradients._onednn(torch.empty(0, dtype=dtype, device=case.batch["input_ids"].device)) else "torch"
+def profiled(step: Step) -> tuple[torch.Tensor | None, list]:
+    """What the step returns, and the profiler's record of every operation, allocation and release on the CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = step()
+    return result, list(profile.profiler.kineto_results.events())
 
 
-def measure(bench: Bench, methods: list[Method], repeats: int, seed: int) -> dict[str, dict]:
-    """Per method: its error, or its inspection and the seconds of each round. A failure ends that method only."""
-    results: dict[str, dict] = {}
+def peak_of(events: list) -> int:
+    """The most bytes that torch's allocator had handed out at one time."""
+    held = peak = 0
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def products_of(events: list) -> dict[str, int]:
+    """How many matrix products ran on oneDNN's kernels and how many on torch's own: what was chosen, not what was asked for."""
+    seen = Counter(event.name() for event in events)
+    torch_s = sum(seen[f"aten::{name}"] for name in ("mm", "addmm", "bmm", "baddbmm"))
+    return {"oneDNN": sum(count for name, count in seen.items() if name.startswith("mkldnn::")), "torch": torch_s}
+
+
+def measure(bench: Bench, methods: list[Method], repeats: int, seed: int, results: dict[str, dict], *, until: float = float("inf")) -> None:
+    """Fill `results`, per method: its error, or its inspection and the seconds of each round. A failure ends that method only.
+
+    until: no step begins after this time of time.monotonic(). What stopped early, by that or by an exception, leaves what it had measured.
+    """
     order = random.Random(seed)
     with tqdm(total=len(methods) * (repeats + 2), unit="step", file=sys.stderr) as bar:
 
@@ -402,122 +361,135 @@ def measure(bench: Bench, methods: list[Method], repeats: int, seed: int) -> dic
             except Exception as error:  # a peer may fail in any way, and must not take the others with it
                 if method.name == "plain":
                     raise
-                results[method.name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+                results[method.name] = {"error": described(error)}
                 return None
 
         bench.seconds(METHODS["plain"])  # what a first step allocates once (cuBLAS's workspace) is in every peak after it
         for method in methods:
-            results[method.name] = {"seconds": []}
+            if time.monotonic() > until:
+                return
             found = attempt(method, bench.inspect)
             if found is not None:
-                results[method.name] |= found
+                results[method.name] = found | {"seconds": []}
         for number in range(repeats + 1):
             # In another order each time: what one method leaves in caches and memory falls on different ones.
             for method in order.sample(methods, len(methods)):
+                if time.monotonic() > until:
+                    return
                 if "error" not in results[method.name]:
                     seconds = attempt(method, bench.seconds)
                     if seconds is not None and number:  # the first round warms up
                         results[method.name]["seconds"].append(seconds)
                 else:
                     bar.update()
-    return results
 
 
-def lines(results: dict[str, dict], methods: list[Method], setting: dict, kernels: dict[str, str]) -> Iterator[dict]:
-    base = results["plain"]
+def complete_rounds(results: dict[str, dict]) -> dict[str, dict]:
+    """The results without the round that was cut short, if one was; a method that no round timed has an error that says so."""
+    running = [len(result["seconds"]) for result in results.values() if "error" not in result]
+    count, found = min(running, default=0), {}
+    for name, result in results.items():
+        found[name] = result
+        if "error" not in result:
+            found[name] = result | {"seconds": result["seconds"][:count]} | ({} if count else {"error": "stopped before a round was timed"})
+    return found
+
+
+def lines(results: dict[str, dict], methods: list[Method], setting: dict) -> Iterator[dict]:
+    """A row for each method that was begun. Results of a method: `seconds`, `peak_bytes`, errors, `kernels` and `products`; or `error`."""
+    results = complete_rounds(results)
+    base = results.get("plain", {})
     for method in methods:
+        if method.name not in results:
+            continue
         result = results[method.name]
-        numbers = dict.fromkeys(("seconds_median", "ratio_to_plain", "peak_memory_ratio", "max_rel_error", "gradient_rel_error"))
+        numbers = dict.fromkeys(("seconds_median", "ratio_to_plain", "peak_memory_ratio", "peak_memory_mib"))
         if "error" not in result:
             ratios = [own / plain for own, plain in zip(result["seconds"], base["seconds"], strict=True)]
-            numbers = {
-                "seconds_median": rounded(statistics.median(result["seconds"])),
-                "ratio_to_plain": rounded(statistics.median(ratios)),
-                "peak_memory_ratio": rounded(result["peak_bytes"] / base["peak_bytes"]),
-                "max_rel_error": rounded(result["max_rel_error"]),
-                "gradient_rel_error": rounded(result["gradient_rel_error"]),
-                "seconds": [rounded(seconds) for seconds in result["seconds"]],
-            }
-        error = {"error": result["error"]} if "error" in result else {}
-        yield {"method": method.name, "kind": method.kind} | numbers | error | {"kernels": kernels[method.name]} | setting
+            numbers["seconds_median"] = rounded(statistics.median(result["seconds"]))
+            numbers["ratio_to_plain"] = rounded(statistics.median(ratios))
+        if result.get("peak_bytes"):
+            numbers["peak_memory_ratio"] = rounded(result["peak_bytes"] / base["peak_bytes"])
+            numbers["peak_memory_mib"] = rounded(result["peak_bytes"] / 2**20)
+        errors = {name: rounded(result.get(name)) for name in ("max_rel_error", "gradient_rel_error")}
+        timed = {"seconds": [rounded(seconds) for seconds in result["seconds"]]} if "error" not in result else {"error": result["error"]}
+        used = {name: result.get(name) for name in ("kernels", "products")}
+        yield {"method": method.name, "kind": method.kind} | numbers | errors | timed | used | setting
 
 
-def rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
-
-
-def device_name(device: torch.device) -> str:
-    """Model of the processor or GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    information = Path("/proc/cpuinfo")
-    found = [line for line in information.read_text().splitlines() if line.startswith("model name")] if information.exists() else []
-    return found[0].split(":", 1)[1].strip() if found else platform.processor() or platform.machine()
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add the rows to a file of JSON lines, all in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+def certificates(results: dict[str, dict], setting: dict) -> Iterator[dict]:
+    """For weighted steps and for scores, what verifying one step costs, and how much of a run of 1,000 steps that is."""
+    results = complete_rounds(results)
+    for kind, name in (("weighted", "certificate"), ("scores", "certificate (scores)")):
+        bare, checked = (results.get(f"engine {kind}{suffix}", {"error": ""}) for suffix in ("", " (with certificate)"))
+        if "error" in bare or "error" in checked:
+            continue
+        extra = [with_it - without for with_it, without in zip(checked["seconds"], bare["seconds"], strict=True)]
+        step, plain = statistics.median(bare["seconds"]), statistics.median(results["plain"]["seconds"])
+        yield {
+            "method": name,
+            "kind": kind,
+            "seconds_median": rounded(statistics.median(extra)),
+            "ratio_to_plain": rounded(statistics.median(extra) / plain),
+            "share_of_1000_steps": rounded(CHECKS_IN_1000_STEPS * statistics.median(extra) / (1000 * step)),
+            "seconds": [rounded(seconds) for seconds in extra],
+            "kernels": checked["kernels"],
+        } | setting
 
 
 def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--batch", type=int, default=16, help="samples in the batch")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per sample, at most 512")
+    parser.add_argument(
+        "--lora", type=whole_number(0), default=0, help="rank of low-rank adapters (peft), which alone are trained; 0: none"
+    )
+    parser.add_argument("--batch", type=whole_number(1), default=16, help="samples in the batch")
+    parser.add_argument("--tokens", type=whole_number(1, 512), default=64, help="tokens per sample, at most 512")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 and float16 through autocast")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
+    parser.add_argument("--device", type=processor_or_gpu, default="cpu", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--methods", default="all", help=f"all, or names with commas between them: {', '.join(METHODS)}")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds, after one that warms up")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=whole_number(1), default=7, help="timed rounds, after one that warms up")
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--padding", choices=("none", "real"), default="none", help="real: pairs of Chorus, padded to --tokens")
-    parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
+    parser.add_argument("--out", type=output_file, help="file of JSON lines to add to")
     arguments = parser.parse_args(given)
     names = list(METHODS) if arguments.methods == "all" else [name.strip() for name in arguments.methods.split(",")]
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         parser.error(f"no method {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}")
-    if arguments.batch < 1 or arguments.repeats < 1 or not 1 <= arguments.tokens <= 512:
-        parser.error("expected --batch and --repeats of 1 or more and --tokens from 1 to 512")
-    try:
-        arguments.device = pick_device(arguments.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if arguments.device.type not in ("cpu", "cuda"):
-        parser.error(f"no peak memory or float64 on {arguments.device}; expected cpu or cuda")
     arguments.methods = [METHODS[name] for name in dict.fromkeys(["plain", *names])]  # the ratios need plain
     return arguments
 
 
+def setting_of(arguments: argparse.Namespace) -> dict:
+    """What every row says beside its numbers."""
+    given = ("model", "lora", "batch", "tokens", "dtype", "padding", "repeats", "seed")
+    return (
+        machine(arguments.device)
+        | versions("torch", "transformers", "opacus", "peft")
+        | {name: getattr(arguments, name) for name in given}
+        | {"date": now()}
+    )
+
+
+def rows_of(arguments: argparse.Namespace, write: Callable[[list[dict]], None], *, until: float = float("inf")) -> list[dict]:
+    """Measure, and hand over the rows, also those of a measurement that is cut short."""
+    setting, results, rows = setting_of(arguments), {}, []
+    case = build_case(arguments, arguments.device)
+    gc.freeze()  # the collection before every step then passes over the libraries
+    try:
+        measure(Bench(case, arguments.device), arguments.methods, arguments.repeats, arguments.seed, results, until=until)
+    finally:
+        gc.unfreeze()
+        rows += [*lines(results, arguments.methods, setting), *certificates(results, setting)]
+        write(rows)
+    return rows
+
+
 def main(given: list[str] | None = None) -> None:
     arguments = parse(given)
-    device, methods = arguments.device, arguments.methods
-    case = build_case(arguments, device)
-    setting = {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        **{name: version_of(name) for name in ("torch", "transformers", "opacus")},
-        **{name: getattr(arguments, name) for name in ("model", "batch", "tokens", "dtype", "padding", "repeats", "seed")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    gc.freeze()  # the collection before every step then passes over the libraries
-    results = measure(Bench(case, device), methods, arguments.repeats, arguments.seed)
-    kernels = {method.name: engine_multiplies_with(method, case, DTYPES[arguments.dtype]) for method in methods}
-    rows = list(lines(results, methods, setting, kernels))
-    for row in rows:
-        print(json.dumps(row))
-    if arguments.out:
-        append(arguments.out, rows)
+    rows_of(arguments, partial(publish, out=arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

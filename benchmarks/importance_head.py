@@ -8,40 +8,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 
-import torch
-from gradient_norms import (
-    DTYPES,
-    METHODS,
-    MODELS,
-    Bench,
-    Case,
-    Method,
-    Step,
-    append,
-    build_case,
-    device_name,
-    lines,
-    measure,
-    rounded,
-    version_of,
-)
+from cases import BERT, DTYPES, Case, build_case
+from gradient_norms import METHODS, Bench, Method, Step, complete_rounds, lines, measure, setting_of
+from record import output_file, processor_or_gpu, publish, rounded, script, seed, whole_number
 
 from recsys_importance.gradients import gradient_norms, weighted_backward
 from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
-from recsys_importance.models import pick_device
 
 
 def taught(case: Case) -> ImportanceHead:
     """A head that has learned from the batch once, so that its prediction is a full one."""
     head = ImportanceHead(case.model)
-    head.learn(gradient_norms(case.model, head.watch(case.loss), case.batch))
+    head.learn(gradient_norms(case.model, head.watch(case.loss), case.batch, check=False))
     return head
 
 
@@ -64,7 +46,7 @@ def weighted_with_head(case: Case) -> Iterator[Step]:
     head = taught(case)
 
     def step():
-        found = weighted_backward(case.model, head.watch(case.loss), case.batch, Weighting())
+        found = weighted_backward(case.model, head.watch(case.loss), case.batch, Weighting(), check=False)
         head.learn(found.norms)
         return found.norms
 
@@ -90,39 +72,42 @@ MEASURED = (
 BARE = {"plain with head": "plain", "engine weighted with head": "engine weighted", "head scores": "EL2N"}
 
 
-def main(given: list[str] | None = None) -> None:
+def with_ratios(results: dict[str, dict], setting: dict) -> Iterator[dict]:
+    """The rows of gradient_norms.py, and what each method with a head takes next to the same without."""
+    results = complete_rounds(results)
+    for row in lines(results, list(MEASURED), setting):
+        bare, own = (results.get(name, {"error": ""}) for name in (BARE.get(row["method"]), row["method"]))
+        both = "error" not in bare and "error" not in own
+        ratio = statistics.median(a / b for a, b in zip(own["seconds"], bare["seconds"], strict=True)) if both else None
+        yield row | {"ratio_to_bare": rounded(ratio)}
+
+
+def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--batch", type=int, default=16, help="samples in the batch")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per sample, at most 512")
+    parser.add_argument("--model", choices=BERT, default="minilm")
+    parser.add_argument("--batch", type=whole_number(1), default=16, help="samples in the batch")
+    parser.add_argument("--tokens", type=whole_number(1, 512), default=64, help="tokens per sample, at most 512")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 and float16 through autocast")
     parser.add_argument("--padding", choices=("none", "real"), default="none", help="real: pairs of Chorus, padded to --tokens")
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds, after one that warms up")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=pick_device, default="cpu")
-    parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
-    arguments = parser.parse_args(given)
+    parser.add_argument("--repeats", type=whole_number(1), default=15, help="timed rounds, after one that warms up")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--device", type=processor_or_gpu, default="cpu", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--out", type=output_file, help="file of JSON lines to add to")
+    parser.set_defaults(lora=0)
+    return parser.parse_args(given)
+
+
+def main(given: list[str] | None = None) -> None:
+    arguments = parse(given)
+    setting, results = setting_of(arguments), {}
     case = build_case(arguments, arguments.device)
-    setting = {
-        "device": device_name(arguments.device),
-        "threads": torch.get_num_threads(),
-        **{name: version_of(name) for name in ("torch", "transformers")},
-        **{name: getattr(arguments, name) for name in ("model", "batch", "tokens", "dtype", "padding", "repeats", "seed")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
     gc.freeze()  # the collection before every step then passes over the libraries
-    results = measure(Bench(case, arguments.device), list(MEASURED), arguments.repeats, arguments.seed)
-    rows = []
-    for row in lines(results, list(MEASURED), setting, {method.name: method.kernels or "torch" for method in MEASURED}):
-        bare = results.get(BARE.get(row["method"]), {}).get("seconds")
-        own = results[row["method"]].get("seconds")
-        ratio = statistics.median(a / b for a, b in zip(own, bare, strict=True)) if own and bare else None
-        rows.append(row | {"ratio_to_bare": rounded(ratio)})
-    for row in rows:
-        print(json.dumps(row))
-    if arguments.out:
-        append(arguments.out, rows)
+    try:
+        measure(Bench(case, arguments.device), list(MEASURED), arguments.repeats, arguments.seed, results)
+    finally:
+        gc.unfreeze()
+        publish(list(with_ratios(results, setting)), arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

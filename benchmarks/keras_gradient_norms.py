@@ -17,13 +17,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from gradient_norms import append, device_name, lines, rounded, version_of
+from gradient_norms import lines
+from record import described, machine, now, output_file, publish, rounded, script, seed, version_of, versions, whole_number
 from tqdm import tqdm
 
 from recsys_importance.importance import Weighting
@@ -198,10 +198,6 @@ def seconds_of(step: Step) -> float:
     return time.perf_counter() - start
 
 
-def described(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def resident_bytes(field: str) -> int:
     """VmRSS, what this process holds in memory, or VmHWM, the most it held since the record was last cleared; Linux."""
     found = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
@@ -258,9 +254,11 @@ def errors_of(method: Method, case: Case, step: Step) -> dict:
     return found
 
 
-def measure(case: Case, methods: list[Method], repeats: int, seed: int, peak: Callable[[Method], dict]) -> dict[str, dict]:
-    """Per method: its error, or its peak memory, errors and the seconds of each round. A failure ends that method only."""
-    results, steps, order = {}, {}, random.Random(seed)
+def measure(case: Case, methods: list[Method], repeats: int, seed: int, peak: Callable[[Method], dict], results: dict[str, dict]) -> None:
+    """Fill `results`, per method: its error, or its peak memory, errors and the seconds of each round. A failure ends that method only.
+
+    An exception from outside, such as an interruption, leaves what was measured before."""
+    steps, order = {}, random.Random(seed)
     with tqdm(total=len(methods) * (repeats + 3), unit="step", file=sys.stderr) as bar:
 
         def attempt(method: Method, action: Callable[[Method], object]):
@@ -290,15 +288,20 @@ def measure(case: Case, methods: list[Method], repeats: int, seed: int, peak: Ca
                 seconds = attempt(method, lambda method: seconds_of(steps[method.name]))
                 if seconds is not None and number:  # the first round warms up
                     results[method.name]["seconds"].append(seconds)
-    return results
 
 
 def speed_ups(results: dict[str, dict]) -> Iterator[tuple[str, float]]:
     """How many times the seconds of the weighted engine each method takes: (name, median over rounds)."""
     own = results.get("engine weighted", {}).get("seconds")
     for name, result in results.items():
-        if own and result.get("seconds") and name != "engine weighted":
+        if own and len(result.get("seconds", [])) == len(own) and name != "engine weighted":
             yield name, rounded(statistics.median(theirs / mine for theirs, mine in zip(result["seconds"], own, strict=True)))
+
+
+def processor_fields(gpu: bool) -> dict:
+    """What `machine` says of the processor; of a GPU only its name, for what torch says of one holds for torch."""
+    name = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0]).get("device_name") if gpu else None
+    return machine(torch.device("cpu")) | ({"device": name} if gpu else {})
 
 
 def threads() -> int:
@@ -309,21 +312,19 @@ def threads() -> int:
 def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("minilm", "tiny"), default="minilm")
-    parser.add_argument("--batch", type=int, default=16, help="samples in the batch")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per sample, at most 512")
+    parser.add_argument("--batch", type=whole_number(1), default=16, help="samples in the batch")
+    parser.add_argument("--tokens", type=whole_number(1, 512), default=64, help="tokens per sample, at most 512")
     parser.add_argument("--compiled", choices=("xla", "graph"), default="xla", help="xla: jit_compile=True, as Keras does; graph: without")
     parser.add_argument("--methods", default="all", help=f"all, or names with commas between them: {', '.join(METHODS)}")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds, after one that warms up")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
+    parser.add_argument("--repeats", type=whole_number(1), default=7, help="timed rounds, after one that warms up")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--out", type=output_file, help="file of JSON lines to add to")
     parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)  # what this script calls itself with
     arguments = parser.parse_args(given)
     names = list(METHODS) if arguments.methods == "all" else [name.strip() for name in arguments.methods.split(",")]
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         parser.error(f"no method {', '.join(map(repr, unknown))}; there are {', '.join(METHODS)}")
-    if arguments.batch < 1 or arguments.repeats < 1 or not 1 <= arguments.tokens <= 512:
-        parser.error("expected --batch and --repeats of 1 or more and --tokens from 1 to 512")
     arguments.methods = [METHODS[name] for name in dict.fromkeys(["plain", *names])]  # the ratios need plain
     return arguments
 
@@ -337,26 +338,26 @@ def main(given: list[str] | None = None) -> None:
         return
     gpu = bool(tf.config.list_physical_devices("GPU"))
     setting = {
-        "device": device_name(torch.device("cuda" if gpu else "cpu")),
+        **processor_fields(gpu),
         "threads": threads(),
-        **{name: version_of(name) for name in ("tensorflow", "keras")},
+        **versions("tensorflow", "keras"),
         "keras_hub": version_of("keras-hub"),
         **{name: getattr(arguments, name) for name in ("model", "batch", "tokens")},
         "dtype": "float32",
         "padding": "none",
         **{name: getattr(arguments, name) for name in ("repeats", "seed", "compiled")},
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
     }
-    results = measure(Case(arguments), arguments.methods, arguments.repeats, arguments.seed, lambda method: peak_of(method, given))
-    kernels = dict.fromkeys(results, "XLA" if arguments.compiled == "xla" else "TensorFlow")
-    rows = list(lines(results, arguments.methods, setting, kernels))
-    for row in rows:
-        print(json.dumps(row))
+    results: dict[str, dict] = {}
+    try:
+        measure(Case(arguments), arguments.methods, arguments.repeats, arguments.seed, lambda method: peak_of(method, given), results)
+    finally:
+        for result in results.values():
+            result["kernels"] = "XLA" if arguments.compiled == "xla" else "TensorFlow"
+        publish(list(lines(results, arguments.methods, setting)), arguments.out)
     for name, ratio in speed_ups(results):
         print(f"{name}: {ratio} times the seconds of engine weighted", file=sys.stderr)
-    if arguments.out:
-        append(arguments.out, rows)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -13,18 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
-from gradient_norms import MODELS, append, device_name, rounded, version_of
+from cases import BERT
+from gradient_norms import products_of, profiled
+from record import machine, now, output_file, processor_or_gpu, publish, rounded, script, seed, versions, whole_number
 from tqdm import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from recsys_importance.gradients import gradient_norms
-from recsys_importance.models import PairCollator, PairDataset, PairModel, TwoTower, pick_device, to_device
+from recsys_importance.models import PairCollator, PairDataset, PairModel, TwoTower, to_device
 from recsys_importance.objectives import cross_entropy
 from recsys_importance.scoring import score_dataset
 
@@ -47,7 +49,7 @@ def build_pair(model: str, seed: int, device: torch.device) -> PairModel:
     names = ["input_ids", "token_type_ids", "attention_mask"]
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_input_names=names)
     torch.manual_seed(seed)
-    encoder = BertModel(BertConfig(vocab_size=BertConfig().vocab_size, **MODELS[model]), add_pooling_layer=False)
+    encoder = BertModel(BertConfig(vocab_size=BertConfig().vocab_size, **BERT[model]), add_pooling_layer=False)
     return PairModel(TwoTower(encoder).to(device).eval(), fast)
 
 
@@ -70,8 +72,11 @@ class Recorded:
         return self.batches[-1]
 
 
-def throughput(arguments: argparse.Namespace, pair: PairModel) -> dict:
-    """Seconds of both per round, interleaved, after one round that warms up and records the batches."""
+def throughput(arguments: argparse.Namespace, pair: PairModel, seconds: dict[str, list[float]], *, until: float = float("inf")) -> dict:
+    """Fill in the seconds of both per round, interleaved, after one round that warms up and records the batches; returns what checks them.
+
+    until: no run begins after this time of time.monotonic(). A measurement cut short, by that or by an exception, leaves what it had.
+    """
     device = next(pair.model.parameters()).device
     dataset = PairDataset(synthetic_pairs(arguments.samples, arguments.seed))
     recorded = Recorded(PairCollator(pair))
@@ -82,28 +87,71 @@ def throughput(arguments: argparse.Namespace, pair: PairModel) -> dict:
         raise RuntimeError("score_dataset did not collate each sample once, so its batches cannot be scored again one for one")
 
     def bare() -> list[torch.Tensor]:
-        return [gradient_norms(pair.model, cross_entropy, batch).cpu() for batch in batches]
+        return [gradient_norms(pair.model, cross_entropy, batch, check=False).cpu() for batch in batches]
 
     def whole() -> pd.DataFrame:
         return score_dataset(pair.model, cross_entropy, dataset, recorded.collate, batch_size=BATCH, progress=False)
 
     norms = pd.Series(torch.cat(bare()), index=ids)
     scores = whole().set_index("sample_id")["score"]
-    seconds = {"bare": [], "score_dataset": []}
+    products = products_of(profiled(bare)[1]) if device.type == "cpu" else None
     order = random.Random(arguments.seed)
-    rounds = [name for _ in range(arguments.repeats) for name in order.sample(sorted(seconds), 2)]
+    rounds = [name for _ in range(arguments.repeats) for name in order.sample(["bare", "score_dataset"], 2)]
     for name in tqdm(rounds, desc="throughput", unit="run", file=sys.stderr):
+        if time.monotonic() > until:
+            break
         start = time.perf_counter()
         (bare if name == "bare" else whole)()
-        seconds[name].append(time.perf_counter() - start)
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
     return {
-        "seconds_bare_median": rounded(statistics.median(seconds["bare"])),
-        "seconds_score_dataset_median": rounded(statistics.median(seconds["score_dataset"])),
-        "ratio": rounded(statistics.median(own / bare for own, bare in zip(seconds["score_dataset"], seconds["bare"], strict=True))),
-        "seconds_bare": [rounded(value) for value in seconds["bare"]],
-        "seconds_score_dataset": [rounded(value) for value in seconds["score_dataset"]],
         "max_rel_difference": rounded(float((scores / norms.loc[scores.index] - 1).abs().max())),
+        "kernels": "oneDNN" if products and products["oneDNN"] else "torch",
+        "products": products,
     }
+
+
+def rates(seconds: dict[str, list[float]], samples: int) -> dict:
+    """The fields of the rounds that are complete: medians, samples a second, and the ratio within a round; empty if none is."""
+    rounds = min(len(seconds.get(name, [])) for name in ("bare", "score_dataset"))
+    if not rounds:
+        return {}
+    own, bare = seconds["score_dataset"][:rounds], seconds["bare"][:rounds]
+    return {
+        "seconds_bare_median": rounded(statistics.median(bare)),
+        "seconds_score_dataset_median": rounded(statistics.median(own)),
+        "samples_per_second_bare": rounded(samples / statistics.median(bare)),
+        "samples_per_second": rounded(samples / statistics.median(own)),
+        "ratio": rounded(statistics.median(a / b for a, b in zip(own, bare, strict=True))),
+        "seconds_bare": [rounded(value) for value in bare],
+        "seconds_score_dataset": [rounded(value) for value in own],
+    }
+
+
+def row_of(
+    arguments: argparse.Namespace, growth: dict[str, float] | None, write: Callable[[list[dict]], None], *, until: float = float("inf")
+) -> bool:
+    """Measure, and hand over the row, also that of a measurement that is cut short; returns whether a round was complete.
+
+    growth: as measured before, if it was.
+    """
+    setting = {
+        "peak_resident_growth_mib": growth,
+        "data": "synthetic",
+        **machine(arguments.device),
+        **versions("torch", "transformers"),
+        **{name: getattr(arguments, name) for name in ("model", "samples", "repeats", "seed")},
+        "batch": BATCH,
+        "date": now(),
+    }
+    pair = build_pair(arguments.model, arguments.seed, arguments.device)
+    seconds, checked = {}, {}
+    try:
+        checked = throughput(arguments, pair, seconds, until=until)
+        return bool(rates(seconds, arguments.samples))
+    finally:
+        found = rates(seconds, arguments.samples)
+        if found:
+            write([{"benchmark": "score_dataset"} | found | checked | setting])
 
 
 def resident_growth(arguments: argparse.Namespace, pair: PairModel, count: int) -> float:
@@ -132,46 +180,25 @@ def growth_in_processes_of_their_own(arguments: argparse.Namespace, counts: list
 
 def parse(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--samples", type=int, default=512, help="N; memory is compared between N and 4 N")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="file of JSON lines to add to")
-    parser.add_argument("--growth-of", type=int, help="only print by how many MiB the peak grows for so many samples")
-    arguments = parser.parse_args(given)
-    if arguments.samples < 1 or arguments.repeats < 1:
-        parser.error("expected --samples and --repeats of 1 or more")
-    try:
-        arguments.device = pick_device(arguments.device)
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments
+    parser.add_argument("--model", choices=BERT, default="minilm")
+    parser.add_argument("--samples", type=whole_number(1), default=512, help="N; memory is compared between N and 4 N")
+    parser.add_argument("--device", type=processor_or_gpu, default="cpu", help="auto, cpu, cuda or cuda:1")
+    parser.add_argument("--repeats", type=whole_number(1), default=5)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--out", type=output_file, help="file of JSON lines to add to")
+    parser.add_argument("--growth-of", type=whole_number(1), help="only print by how many MiB the peak grows for so many samples")
+    return parser.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> None:
     arguments = parse(given)
-    pair = build_pair(arguments.model, arguments.seed, arguments.device)
     if arguments.growth_of:
+        pair = build_pair(arguments.model, arguments.seed, arguments.device)
         print(json.dumps(resident_growth(arguments, pair, arguments.growth_of)))
         return
     growth = growth_in_processes_of_their_own(arguments, [arguments.samples, 4 * arguments.samples])
-    row = {
-        "benchmark": "score_dataset",
-        **throughput(arguments, pair),
-        "peak_resident_growth_mib": growth,
-        "data": "synthetic",
-        "device": device_name(arguments.device),
-        "threads": torch.get_num_threads(),
-        **{name: version_of(name) for name in ("torch", "transformers")},
-        **{name: getattr(arguments, name) for name in ("model", "samples", "repeats", "seed")},
-        "batch": BATCH,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    print(json.dumps(row))
-    if arguments.out:
-        append(arguments.out, [row])
+    row_of(arguments, growth, partial(publish, out=arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -9,8 +9,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 FIELDS = [
-    *("method", "kind", "seconds_median", "ratio_to_plain", "peak_memory_ratio", "max_rel_error", "gradient_rel_error", "seconds"),
-    *("kernels", "device", "threads", "tensorflow", "keras", "keras_hub"),
+    *("method", "kind", "seconds_median", "ratio_to_plain", "peak_memory_ratio", "peak_memory_mib"),
+    *("max_rel_error", "gradient_rel_error", "seconds", "kernels", "products"),
+    *("device", "processor", "instruction_sets", "cpu_capability", "cores", "l3_mib", "threads", "tensorflow", "keras", "keras_hub"),
     *("model", "batch", "tokens", "dtype", "padding", "repeats", "seed", "compiled", "date"),
 ]
 KINDS = {
@@ -106,8 +107,8 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(bench, monkeypatch):
     ("options", "said"),
     [
         (["--methods", "engine scores,tape"], "no method 'tape'; there are plain, engine scores"),
-        (["--batch", "0"], "--batch and --repeats of 1 or more"),
-        (["--tokens", "513"], "--tokens from 1 to 512"),
+        (["--batch", "0"], "--batch: expected a whole number of 1 or more"),
+        (["--tokens", "513"], "--tokens: expected a whole number from 1 to 512"),
         (["--compiled", "eager"], "invalid choice: 'eager'"),
     ],
 )
