@@ -69,9 +69,11 @@ def chosen_kernels() -> dict[str, str]:
 
 # %% ../../nbs/library/gradients/kernels.ipynb #91ec9fb7
 def _path() -> Path:
-    """The file of the choices of this processor and version of PyTorch."""
-    import pooch
-
+    """The file of the choices of this processor and version of PyTorch. OSError where pooch, which knows the cache's folder, is missing."""
+    try:
+        import pooch
+    except ModuleNotFoundError as error:
+        raise OSError("no folder for cached files without pooch") from error
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = [line for line in lines if line.startswith(("model name", "flags"))][:2]
     key = repr((processor, torch.__version__))
