@@ -627,6 +627,22 @@ def test_rounding_is_not_taken_for_an_error():
         assert torch.isfinite(gradient_norms(model, loss, rows())).all()
 
 
+def test_a_gradient_that_is_nothing_but_rounding_is_no_error():
+    """Cosine of two equal embeddings: its slope is 0, and in float32 noise."""
+    model = nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Linear(30, 30))
+    loss = lambda model, batch: (1 - torch.cosine_similarity(model(batch["x"]), model(batch["x"] + 0.0))) ** 2 + 0.0  # noqa: E731
+    cosine = lambda model, batch: 1 - torch.cosine_similarity(model(batch["x"]), model(batch["x"] + 0.0))  # noqa: E731
+    for each in (loss, cosine):
+        for seed in range(5):
+            assert (gradient_norms(model, each, rows(4, seed=seed), check=True) < 1e-5).all()
+
+
+def test_labels_that_are_nan_are_reported_as_such():
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="norms are NaN or infinite"):
+        warnings.simplefilter("error")
+        gradient_norms(net(), residual, rows() | {"y": torch.full((5,), torch.nan)}, check=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_passes_its_check_and_mixing_does_not(dtype):
     def lowered(model, batch):

@@ -73,6 +73,8 @@ _FLOOR = 1e-5  # of the whole gradient: a parameter's difference below it is rou
 
 def _certify(tape: _Tape, loss: Loss, batch: dict, losses: torch.Tensor, scale: float, state: _State) -> None:
     """Raise ValueError unless the tape's terms are autograd's and its norms those of the terms written out."""
+    if not torch.isfinite(losses).all():  # reported as such
+        return
     factors = _factors(tape.count, losses)
     try:
         with _gradients_set_aside(tape.model), state.again():
@@ -88,7 +90,7 @@ def _certify(tape: _Tape, loss: Loss, batch: dict, losses: torch.Tensor, scale: 
         )
         return
     wrong = _differences(tape, factors, plain, _tolerance(tape)) | _wrong_norms(tape, losses)
-    if wrong and not _is_rounding(tape, loss, batch, factors, state):
+    if wrong and not _is_rounding(tape, loss, batch, factors, state, 1e-6 * _whole(plain)):
         _refuse(tape, wrong)
 
 
@@ -129,11 +131,10 @@ def _tolerance(tape: _Tape) -> float:
     return max((_TOLERANCES.get(dtype, 5e-2) for dtype in dtypes), default=1e-3)
 
 
-def _differences(tape: _Tape, factors: torch.Tensor, plain: dict, tolerance: float) -> dict:
+def _differences(tape: _Tape, factors: torch.Tensor, plain: dict, tolerance: float, noise: float = 0.0) -> dict:
     """By parameter, how far the engine's gradient is from autograd's, relative to it, where it is too far."""
     wide = {p: g.to(torch.promote_types(g.dtype, torch.float32)) for p, g in plain.items() if g is not None}
-    rounding = _rounding(tape).sum().item()
-    whole = torch.stack([torch.linalg.vector_norm(g) for g in wide.values()]).norm().item() if wide else 0.0
+    rounding, whole = _rounding(tape).sum().item() + noise, _whole(plain)
     wrong = {}
     for parameter in plain:
         expected = wide.get(parameter)
@@ -150,13 +151,19 @@ def _differences(tape: _Tape, factors: torch.Tensor, plain: dict, tolerance: flo
     return wrong
 
 
+def _whole(plain: dict) -> float:
+    """Size of the whole gradient."""
+    sizes = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).item() for g in plain.values() if g is not None]
+    return sum(size**2 for size in sizes) ** 0.5
+
+
 def _rounding(tape: _Tape) -> torch.Tensor:
     """What rounding alone may add to each sample's gradient, (B,): it goes with the size that its terms have before they cancel."""
     precision = torch.finfo(torch.promote_types(tape.scales.dtype, torch.float32)).eps
     return 20 * precision * tape.scales.double().clamp_min(0).sqrt()
 
 
-def _wrong_norms(tape: _Tape, losses: torch.Tensor) -> dict:
+def _wrong_norms(tape: _Tape, losses: torch.Tensor, noise: float = 0.0) -> dict:
     """The norms of two samples, the smallest and one that changes from call to call, where they are not those of their terms."""
     norms, wrong = tape.squares.double().sqrt(), {}
     if not torch.isfinite(norms).all():  # what is not finite is reported as such
@@ -164,13 +171,13 @@ def _wrong_norms(tape: _Tape, losses: torch.Tensor) -> dict:
     for i in {int(norms.argmin()), int(losses.double().sum().abs().mul(1e6).fmod(tape.count).nan_to_num())}:
         parts = [_written_out(tape.terms[p], i, p.shape).double().square().sum() for p in tape.counted if tape.terms.get(p)]
         exact = sum(part.item() for part in parts) ** 0.5
-        if abs(norms[i].item() - exact) > 1e-3 * exact + _rounding(tape)[i].item():
+        if abs(norms[i].item() - exact) > 1e-3 * exact + _rounding(tape)[i].item() + noise:
             wrong[f"the norm of sample {i}"] = abs(norms[i].item() - exact) / max(exact, 1e-300)
     return wrong
 
 # %% ../../nbs/library/gradients/certificate.ipynb #21688a4f
-def _is_rounding(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor, state: _State) -> bool:
-    """Whether engine and autograd agree in float64, though not in the run's own precision."""
+def _is_rounding(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor, state: _State, noise: float) -> bool:
+    """Whether engine and autograd agree in float64, to the noise of the run's own precision where the gradient is nothing but that."""
     if any(p.dtype == torch.float64 or p.device.type == "mps" for p in tape.counted):
         return False
     names = {p: name for name, p in tape.model.named_parameters()}
@@ -185,7 +192,7 @@ def _is_rounding(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor, st
             twin.backward(losses, torch.ones_like(losses))
         with again.again():
             _, plain = _plain_gradients(twin, loss, wide, factors.double())
-        return not _differences(twin, factors.double(), plain, 1e-6) and not _wrong_norms(twin, losses.detach())
+        return not _differences(twin, factors.double(), plain, 1e-6, noise) and not _wrong_norms(twin, losses.detach(), noise)
     return False
 
 
