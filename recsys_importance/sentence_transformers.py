@@ -44,11 +44,15 @@ _BY_ROW = {
     *("CosineSimilarityLoss", "ContrastiveLoss", "TripletLoss", "EmbedDistillLoss", "DistillKLDivLoss", "SoftmaxLoss", "MatryoshkaLoss"),
 }
 _GIVEN = (
-    "give negatives in columns of their own (sentence_transformers.util.mine_hard_negatives finds some) and use MultipleNegativesRankingLoss "
-    "with given_negatives=True, a softmax over the row's own positive and negatives, or TripletLoss or MarginMSELoss"
+    "give negatives in columns of their own (sentence_transformers.util.mine_hard_negatives finds some) and use "
+    "MultipleNegativesRankingLoss with given_negatives=True, a softmax over the row's own positive and negatives, or TripletLoss or "
+    "MarginMSELoss"
 )
 _IN_BATCH = "takes the other rows of the batch as negatives", _GIVEN
-_MINED = "looks for triplets among the rows of the batch", "mine them once (sentence_transformers.util.mine_hard_negatives) and use TripletLoss"
+_MINED = (
+    "looks for triplets among the rows of the batch",
+    "mine them once (sentence_transformers.util.mine_hard_negatives) and use TripletLoss",
+)
 _COMPARED = "compares every pair of the batch with every other", "use CosineSimilarityLoss, or MarginMSELoss on given triplets"
 _COUNTED = "divides by the number of document pairs in the whole batch", "use ListNetLoss or PListMLELoss, which are means over queries"
 _LAYERS = "draws layers at random and swaps methods inside the encoder", "use MatryoshkaLoss, or the loss inside by itself"
@@ -70,7 +74,7 @@ _COUPLED = {
     "BatchHardSoftMarginTripletLoss": _MINED,
     "BatchSemiHardTripletLoss": _MINED,
     "GlobalOrthogonalRegularizationLoss": ("is a property of the batch, not of a row", "train with the loss beside it alone"),
-    "DenoisingAutoEncoderLoss": ("is a mean over the tokens of the whole batch, by a decoder of its own", "use a loss on pairs or triplets"),
+    "DenoisingAutoEncoderLoss": ("is a mean over the tokens of the whole batch, by a decoder", "use a loss on pairs or triplets"),
     "AdaptiveLayerLoss": _LAYERS,
     "Matryoshka2dLoss": _LAYERS,
     "LambdaLoss": _COUNTED,
@@ -137,7 +141,8 @@ def _with_model(loss: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Modul
     """The loss with another model inside; the rest is shared, and the loss that was given stays as it is."""
     twin = copy.copy(loss)
     twin._modules = {
-        name: child if child is None else model if _is_model(name, child) else _with_model(child, model) for name, child in loss._modules.items()
+        name: child if child is None else model if _is_model(name, child) else _with_model(child, model)
+        for name, child in loss._modules.items()
     }
     return twin
 
@@ -145,11 +150,11 @@ def _with_model(loss: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Modul
 def _is_model(name: str, child: torch.nn.Module) -> bool:
     return name == "model" or isinstance(child, _library(".base.model").BaseModel)
 
-# %% ../nbs/28_sentence_transformers.ipynb #d57e6685
-def _value(loss: torch.nn.Module, outputs: list[torch.Tensor], labels, documents: Sequence[int] | None, takes_pairs: bool) -> torch.Tensor:
+# %% ../nbs/28_sentence_transformers.ipynb #52f13781
+def _value(loss, outputs: list[torch.Tensor], labels, documents: Sequence[int] | None, *, takes_pairs: bool) -> torch.Tensor:
     """What the library's loss says of rows whose model outputs are known: a scalar, or (B,) for a loss without reduction.
 
-    outputs: per column or pair, (B, d). labels: (B, ...), a list of B tensors, or None. documents: per query, how many; None for plain pairs.
+    outputs: per column or pair, (B, d). labels: (B, ...), a list of B tensors, or None. documents: how many each query has, or None.
     """
     twin, count = _with_model(loss, _Replay(outputs, documents)), len(outputs[0])
     if isinstance(labels, list):
@@ -161,7 +166,7 @@ def _value(loss: torch.nn.Module, outputs: list[torch.Tensor], labels, documents
         takes_prompt = "prompt" in inspect.signature(loss.forward).parameters
         value = twin([[""] * count, *second], labels, **(dict(prompt=None, task=None) if takes_prompt else {}))
     if not torch.is_tensor(value):
-        raise ValueError(f"{type(loss).__name__} returned {type(value).__name__}, expected one number: a dict of losses has no value per row")
+        raise ValueError(f"{type(loss).__name__} returned {type(value).__name__}, expected a tensor: several losses are not one value")
     return value
 
 
@@ -176,6 +181,14 @@ def _alone(value: Callable, outputs: list[torch.Tensor], labels, documents: Sequ
         rows.append(found.reshape(()) if found.grad_fn is not None else found.detach().reshape(()) + 0 * own[0].sum())
     return torch.stack(rows)
 
+
+def _unreduced(value: partial, outputs: list[torch.Tensor], labels, documents: Sequence[int] | None) -> torch.Tensor:
+    """The value of each row, (B,), of a loss with layers of its own, which take all rows at once, as the engine needs them."""
+    loss = copy.copy(value.args[0])
+    loss._modules = loss._modules | {"loss_fct": copy.copy(loss.loss_fct)}
+    loss.loss_fct.reduction = "none"
+    return partial(value.func, loss, **value.keywords)(outputs, labels, documents)
+
 # %% ../nbs/28_sentence_transformers.ipynb #d6313fd7
 def _check_mean(loss, outputs: list[torch.Tensor], each: torch.Tensor, value: Callable, labels, documents) -> None:
     """Raise ValueError unless the library's loss of the batch is the mean of its rows' own losses, (B,)."""
@@ -183,11 +196,11 @@ def _check_mean(loss, outputs: list[torch.Tensor], each: torch.Tensor, value: Ca
         whole, mean = value([x.detach() for x in outputs], labels, documents).float(), each.detach().float().mean()
     narrow = any(x.dtype in (torch.bfloat16, torch.float16) for x in (*outputs, each))
     allowed = (3e-2 if narrow else 1e-4) * each.detach().float().abs().mean() + 1e-7
-    if torch.isfinite(whole) and torch.isfinite(mean) and (whole - mean).abs() > allowed:
+    if torch.isfinite(whole) and not (whole - mean).abs() <= allowed:
         raise ValueError(
-            f"{type(loss).__name__} is {float(whole):.6g} for a batch whose rows have a mean of {float(mean):.6g} alone: it couples the rows of "
-            "a batch, so they have no importance of their own (ADRMSELoss does for lists of different length, a cross-entropy for labels that it "
-            "ignores); use a loss that is a mean over rows"
+            f"{type(loss).__name__} is {float(whole):.6g} for a batch whose rows have a mean of {float(mean):.6g} alone: it couples "
+            "the rows, so they have no importance of their own (ADRMSELoss does for lists of different length, CrossEntropyLoss for "
+            "labels that it ignores); use a loss that is a mean over rows"
         )
 
 
@@ -200,9 +213,9 @@ def _check_slopes(loss, outputs: list[torch.Tensor], value: Callable, labels, do
             found = torch.autograd.grad(result, leaves, allow_unused=True) if result.requires_grad else [None] * len(leaves)
             slopes.append(torch.cat([torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]))
     whole, rows = slopes
-    if torch.isfinite(whole).all() and (whole - rows).abs().max() > 1e-3 * whole.abs().max():
+    if torch.isfinite(whole).all() and not (whole - rows).abs().max() <= 1e-3 * whole.abs().max():
         raise ValueError(
-            f"{type(loss).__name__} does not train its rows one by one: the gradient of a batch is not the mean of its rows' own gradients; "
+            f"{type(loss).__name__} does not train its rows one by one: a batch's gradient is not the mean of its rows' own gradients; "
             "use a loss that is a mean over rows"
         )
 
@@ -213,7 +226,8 @@ def _described(part) -> str:
         return f"{part.dtype} {part.tolist()}"
     if isinstance(part, torch.nn.Module):
         own = {name: value for name, value in vars(part).items() if not name.startswith("_") and name != "training"}
-        own |= {name: child for name, child in part.named_children() if not _is_model(name, child)} | dict(part.named_buffers(recurse=False))
+        own |= {name: child for name, child in part.named_children() if not _is_model(name, child)}
+        own |= dict(part.named_buffers(recurse=False))
         return f"{type(part).__qualname__}({', '.join(f'{name}={_described(own[name])}' for name in sorted(own))})"
     code = getattr(part, "__code__", None)
     if code is not None:  # the library's distances are lambdas of one name
@@ -221,88 +235,17 @@ def _described(part) -> str:
         return f"{part.__qualname__} {hashlib.sha256(code.co_code + repr((code.co_names, constants)).encode()).hexdigest()[:12]}"
     return getattr(part, "__qualname__", None) or repr(part)
 
+# %% ../nbs/28_sentence_transformers.ipynb #b3ba6d3c
+def _flat(features: Sequence[Mapping], labels) -> dict:
+    """The library's preprocessed columns as one batch: {"0.input_ids": (B, T), …, "label": labels}.
 
-class SampleLosses:
-    """A loss of sentence-transformers with one value per row, as the gradient engine takes it: (model, batch) -> (B,).
-
-    loss: a loss of a CrossEncoder or SentenceTransformer whose value for a batch is the mean of its values for the rows alone: this is checked
-    on every batch, and the slopes on the first one, or on all if the class is not one of the library's. given_negatives: make
-    MultipleNegativesRankingLoss a softmax over the row's own positive and the negatives in its own columns, without the batch's.
-    `model`: what has the parameters: the loss's model, or the loss itself where it has some of its own (SoftmaxLoss).
-    Batches come from `from_texts` or `from_features`.
-    Raises ValueError for a loss that couples the rows of a batch, with the reason and the way round.
+    Raises ValueError where a tensor has no row per sample, as in inputs packed without padding.
     """
-
-    def __init__(self, loss: torch.nn.Module, *, given_negatives: bool = False):
-        self.encoder = getattr(getattr(loss, "model", None), "module", getattr(loss, "model", None))
-        self.takes_pairs = isinstance(self.encoder, _library().CrossEncoder)
-        _check_kind(loss, given_negatives)
-        if not self.takes_pairs and not isinstance(self.encoder, _library().SentenceTransformer):
-            raise ValueError(
-                f"expected a loss with a CrossEncoder or SentenceTransformer as its model, got {type(loss).__name__} with {type(self.encoder).__name__}"
-            )
-        inside = {id(p) for p in self.encoder.parameters()}
-        self.has_head = any(p.requires_grad and id(p) not in inside for p in loss.parameters())
-        if self.has_head and not hasattr(getattr(loss, "loss_fct", None), "reduction"):
-            raise ValueError(f"{type(loss).__name__} has parameters of its own, which can be told apart by row in SoftmaxLoss only; leave them out")
-        self.loss, self.given_negatives, self.settings = loss, given_negatives, f"{_described(loss)} {given_negatives}"
-        self.is_known = type(loss).__name__ in _BY_ROW and type(loss).__module__.startswith("sentence_transformers.")
-        self.is_checked = False
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self.loss if self.has_head else self.encoder
-
-    def __call__(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
-        labels, documents = batch.get("label"), batch.get("documents")
-        loss, encoder = (model, model.model) if self.has_head else (self.loss, model)
-        outputs = [encoder(features)["scores" if self.takes_pairs else "sentence_embedding"] for features in _features(batch)]
-        if self.given_negatives and len(outputs) < (2 if self.takes_pairs else 3):
-            raise ValueError("given_negatives=True needs a column of negatives after the positives, or there is nothing to tell them from")
-        value = partial(_value, loss, takes_pairs=self.takes_pairs)
-        if self.has_head:  # its layers take all rows at once, as the engine needs them
-            unreduced = copy.copy(loss)
-            unreduced._modules = loss._modules | {"loss_fct": copy.copy(loss.loss_fct)}
-            unreduced.loss_fct.reduction = "none"
-            each = _value(unreduced, outputs, labels, documents, self.takes_pairs)
-        else:
-            each = _alone(value, outputs, labels, documents)
-        if not self.given_negatives and len(each) > 1:
-            _check_mean(loss, outputs, each, value, labels, documents)
-            if not self.has_head and not (self.is_known and self.is_checked):
-                _check_slopes(loss, outputs, value, labels, documents)
-            self.is_checked = True
-        return each.to(torch.promote_types(each.dtype, outputs[0].dtype))  # the library casts labels to float32, also for a float64 model
-
-    def from_texts(self, columns: Sequence[list], labels=None, *, prompts: Sequence[str | None] | str | None = None, task: str | None = None) -> dict:
-        """A batch of B rows: columns, each with B texts, in the order that the loss takes them; a second column of lists is documents of queries.
-
-        labels: (B, ...) or a list of B tensors. prompts: one for all columns, or one for each of a SentenceTransformer's.
-        """
-        count, prompts = len(columns[0]), [prompts] * len(columns) if prompts is None or isinstance(prompts, str) else prompts
-        if not self.takes_pairs:
-            return self.from_features([self.encoder.preprocess(x, prompt=p, task=task) for x, p in zip(columns, prompts, strict=True)], labels)
-        documents = None
-        if len(columns) == 2 and not isinstance(columns[1][0], str):
-            documents = [len(texts) for texts in columns[1]]
-            if not all(documents):
-                raise ValueError(f"query {columns[0][documents.index(0)]!r} has no documents; leave it out")
-            # shorter lists repeat their first document, whose score then goes nowhere
-            columns = [columns[0], *([texts[k] if k < len(texts) else texts[0] for texts in columns[1]] for k in range(max(documents)))]
-        pairs = [list(zip(columns[0], column, strict=True)) for column in columns[1:]]
-        batch = self.from_features([self.encoder.preprocess(x, prompt=prompts[0], task=task) for x in pairs], labels)
-        return batch | ({"documents": documents} if documents and count else {})
-
-    def from_features(self, features: Sequence[Mapping], labels=None) -> dict:
-        """A batch from the library's preprocessed columns: {"0.input_ids": (B, T), …, "label": labels}.
-
-        Raises ValueError where a tensor has no row per sample, as in inputs packed without padding.
-        """
-        batch = {f"{k}.{name}": value for k, column in enumerate(features) for name, value in column.items()}
-        rows = {name: len(value) for name, value in batch.items() if torch.is_tensor(value) and value.ndim}
-        if len(set(rows.values())) != 1:
-            raise ValueError(f"expected a row per sample in every input of the model, got {rows} rows: inputs packed into one row mix the samples")
-        return batch if labels is None else batch | {"label": labels}
+    batch = {f"{k}.{name}": value for k, column in enumerate(features) for name, value in column.items()}
+    rows = {name: len(value) for name, value in batch.items() if torch.is_tensor(value) and value.ndim}
+    if len(set(rows.values())) != 1:
+        raise ValueError(f"expected a row per sample in every input of the model, got {rows}: inputs packed without padding mix samples")
+    return batch if labels is None else batch | {"label": labels}
 
 
 def _features(batch: dict) -> list[dict]:
@@ -314,11 +257,89 @@ def _features(batch: dict) -> list[dict]:
             columns.setdefault(int(place), {})[inner] = value
     return [columns[k] for k in sorted(columns)]
 
-# %% ../nbs/28_sentence_transformers.ipynb #4be725de
+
+def _side_by_side(columns: Sequence[list]) -> tuple[list[list], list[int] | None]:
+    """Lists of documents as columns of one document each, and how many each query has; None if there are no lists.
+
+    A shorter list repeats its first document, whose score then goes nowhere.
+    """
+    if len(columns) != 2 or isinstance(columns[1][0], str):
+        return list(columns), None
+    queries, lists = columns
+    documents = [len(texts) for texts in lists]
+    if not all(documents):
+        raise ValueError(f"query {queries[documents.index(0)]!r} has no documents; leave it out")
+    columns = [[texts[k] if k < len(texts) else texts[0] for texts in lists] for k in range(max(documents))]
+    return [queries, *columns], documents
+
+# %% ../nbs/28_sentence_transformers.ipynb #4cb38d86
+class SampleLosses:
+    """A loss of sentence-transformers with one value per row, as the gradient engine takes it: (model, batch) -> (B,).
+
+    loss: a loss of a CrossEncoder or SentenceTransformer whose value for a batch is the mean of its values for the rows alone. That is
+    checked on every batch, and the slopes on the first one, or on all if the class is not one of the library's. given_negatives: make
+    MultipleNegativesRankingLoss a softmax over the row's own positive and the negatives in its own columns, without the batch's.
+    `model`: what has the parameters: the loss's model, or the loss itself where it has some of its own (SoftmaxLoss).
+    Raises ValueError for a loss that couples the rows of a batch, with the reason and the way round.
+    """
+
+    def __init__(self, loss: torch.nn.Module, *, given_negatives: bool = False):
+        self.encoder = getattr(getattr(loss, "model", None), "module", getattr(loss, "model", None))
+        self.takes_pairs = isinstance(self.encoder, _library().CrossEncoder)
+        name, model = type(loss).__name__, type(self.encoder).__name__
+        _check_kind(loss, given_negatives)
+        if not self.takes_pairs and not isinstance(self.encoder, _library().SentenceTransformer):
+            raise ValueError(f"expected a loss whose model is a CrossEncoder or SentenceTransformer, got {name} with {model}")
+        inside = {id(p) for p in self.encoder.parameters()}
+        self.has_head = any(p.requires_grad and id(p) not in inside for p in loss.parameters())
+        if self.has_head and not hasattr(getattr(loss, "loss_fct", None), "reduction"):
+            raise ValueError(f"{name} has parameters of its own, which only SoftmaxLoss may have; make them a part of the model")
+        self.loss, self.given_negatives, self.settings = loss, given_negatives, f"{_described(loss)} {given_negatives}"
+        self.is_known = name in _BY_ROW and type(loss).__module__.startswith("sentence_transformers.")
+        self.is_checked = False
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.loss if self.has_head else self.encoder
+
+    def __call__(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        labels, documents = batch.get("label"), batch.get("documents")
+        loss, encoder = (model, model.model) if self.has_head else (self.loss, model)
+        outputs = [encoder(features)["scores" if self.takes_pairs else "sentence_embedding"] for features in _features(batch)]
+        if self.given_negatives and len(outputs) < (2 if self.takes_pairs else 3):
+            raise ValueError("given_negatives=True needs a column of negatives after the positives, to tell them from")
+        value = partial(_value, loss, takes_pairs=self.takes_pairs)
+        rows = _unreduced(value, outputs, labels, documents) if self.has_head else _alone(value, outputs, labels, documents)
+        if not self.given_negatives and len(rows) > 1:
+            _check_mean(loss, outputs, rows, value, labels, documents)
+            if not self.has_head and not (self.is_known and self.is_checked):
+                _check_slopes(loss, outputs, value, labels, documents)
+            self.is_checked = True
+        return rows.to(torch.promote_types(rows.dtype, outputs[0].dtype))  # the library makes labels float32, also for a float64 model
+
+    def from_texts(self, columns: Sequence[list], labels=None, *, prompts=None, task: str | None = None) -> dict:
+        """A batch of B rows: columns, each with B texts, in the loss's order; a second column of lists holds documents of queries.
+
+        labels: (B, ...) or a list of B tensors. prompts: one for all columns, or a list with one for each of a SentenceTransformer's.
+        """
+        prompts = [prompts] * len(columns) if prompts is None or isinstance(prompts, str) else prompts
+        if not self.takes_pairs:
+            features = [self.encoder.preprocess(x, prompt=p, task=task) for x, p in zip(columns, prompts, strict=True)]
+            return self.from_features(features, labels)
+        (first, *others), documents = _side_by_side(columns)
+        pairs = [list(zip(first, other, strict=True)) for other in others]
+        batch = self.from_features([self.encoder.preprocess(x, prompt=prompts[0], task=task) for x in pairs], labels)
+        return batch if documents is None else batch | {"documents": documents}
+
+    def from_features(self, features: Sequence[Mapping], labels=None) -> dict:
+        """A batch of the library's preprocessed columns, as its collators make them."""
+        return _flat(features, labels)
+
+# %% ../nbs/28_sentence_transformers.ipynb #541caaeb
 if "torch.nn.modules.linear.Linear" in RULES:  # a CrossEncoder's head that stays in float32 under autocast
     rule("sentence_transformers.cross_encoder.model._Float32Linear")(RULES["torch.nn.modules.linear.Linear"])
 
-# %% ../nbs/28_sentence_transformers.ipynb #69b071c9
+# %% ../nbs/28_sentence_transformers.ipynb #a823624b
 _LABELS = ("label", "labels", "score", "scores")  # the library's names, in its order
 
 
@@ -341,7 +362,7 @@ class _Table:
             raise ValueError(f"the data set has no column {missing[0]!r}; it has {', '.join(map(str, names)) or 'none'}")
         ids = [name for name in self.columns if columns is None and (name == "id" or name.endswith(("_id", "_ids", "_idx")))]
         if ids:
-            raise ValueError(f"column {ids[0]!r} looks like an identifier, which would be read as a text; name the text columns with columns=[...]")
+            raise ValueError(f"column {ids[0]!r} looks like an identifier, not a text; name the text columns with columns=[...]")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -366,11 +387,11 @@ class _Collate:
         if "label" in samples[0]:
             found = [sample["label"] for sample in samples]
             lists = self.losses.takes_pairs and not np.isscalar(found[0])
-            labels = [torch.as_tensor(x) for x in found] if lists else torch.as_tensor(np.stack(found) if torch.is_tensor(found[0]) else found)
+            labels = [torch.as_tensor(x) for x in found] if lists else torch.as_tensor(np.asarray(found))
         columns = [list(texts) for texts in zip(*(sample["texts"] for sample in samples), strict=True)]
         return self.losses.from_texts(columns, labels, prompts=self.prompts) | {"sample_id": [sample["sample_id"] for sample in samples]}
 
-# %% ../nbs/28_sentence_transformers.ipynb #f32d733c
+# %% ../nbs/28_sentence_transformers.ipynb #1d45902e
 def score(
     model: torch.nn.Module,
     loss: torch.nn.Module,
@@ -386,9 +407,9 @@ def score(
     """Gradient norm of every row under a sentence-transformers model and loss, dropout off: N rows of sample_id (str) and score (float32).
 
     model: a CrossEncoder or SentenceTransformer. loss: a loss of the library for it, see `SampleLosses`, also for given_negatives.
-    dataset: a datasets.Dataset, a list of dictionaries or a table, with a label in "label", "labels", "score" or "scores" where the loss wants
-    one. columns: the text columns in the loss's order; None for all others. sample_id: the column that names a row; "sample_id" if there is
-    one, else its number. prompts: one for all, or {column: prompt} for a SentenceTransformer, as in the library's training arguments.
+    dataset: a datasets.Dataset, a list of dictionaries or a table, with a label in "label", "labels", "score" or "scores" where the loss
+    wants one. columns: the text columns in the loss's order; None for all others. sample_id: the column that names a row; None for
+    "sample_id" if there is one, else the row's number. prompts: one for all, or {column: prompt} for a SentenceTransformer.
     folder and other options: see `score_dataset`. For SoftmaxLoss, whose classifier counts too, parameter names begin with "model." or
     "classifier.".
     Raises ValueError as `SampleLosses` and `score_dataset`, and for rows that are not texts.
@@ -398,11 +419,11 @@ def score(
         raise ValueError(f"the loss was made for another model; make it anew: {type(loss).__name__}(model)")
     table = _Table(dataset, columns, sample_id)
     if isinstance(prompts, Mapping) and (losses.takes_pairs or not set(prompts) <= set(table.columns)):
-        raise ValueError(f"prompts by column are for the text columns of a SentenceTransformer ({', '.join(table.columns)}), got {dict(prompts)}")
+        raise ValueError(f"prompts by column are for a SentenceTransformer's columns {', '.join(table.columns)}, got {dict(prompts)}")
     each = [prompts.get(name) if isinstance(prompts, Mapping) else prompts for name in table.columns]
     return score_dataset(losses.model, losses, table, _Collate(losses, each), folder, **options)
 
-# %% ../nbs/28_sentence_transformers.ipynb #d7351211
+# %% ../nbs/28_sentence_transformers.ipynb #2c3ce421
 _WEIGHT = "importance_weight"  # the column of given weights, beside the texts
 
 
@@ -421,13 +442,13 @@ class _WithWeights:
 
 
 def _weighted(dataset, weights, name: str = ""):
-    """The data set, or each of a dictionary's, with its weights as a column; ValueError if they are not one finite number of 0 or more per row."""
+    """The data set, or each of a dictionary's, with its weights as a column; ValueError if they do not fit."""
     if isinstance(dataset, Mapping):
         if not isinstance(weights, Mapping) or set(weights) != set(dataset):
             raise ValueError(f"weights for several data sets are a dictionary with the same names: {', '.join(dataset)}")
         return type(dataset)({key: _weighted(dataset[key], weights[key], key) for key in dataset})
     if not hasattr(dataset, "add_column"):
-        raise ValueError(f"weights need a datasets.Dataset to go with, got {type(dataset).__name__}; put them into a column and give its name")
+        raise ValueError(f"weights go with a datasets.Dataset, got {type(dataset).__name__}; put them into a column and give its name")
     values = np.asarray(weights, dtype=np.float64)
     if values.shape != (len(dataset),):
         raise ValueError(f"expected one weight per row of the training data {name}, {len(dataset)}, got shape {values.shape}")
@@ -441,7 +462,7 @@ def _check_weights(values) -> None:
         row = int(np.argmax(bad))
         raise ValueError(f"weights are finite and 0 or more, got {values[row]} for row {row}")
 
-# %% ../nbs/28_sentence_transformers.ipynb #62418ced
+# %% ../nbs/28_sentence_transformers.ipynb #0f109cb9
 class _ImportanceSteps:
     """What turns a trainer of sentence-transformers into one with importance; see `importance_trainer`."""
 
@@ -561,7 +582,7 @@ class _ImportanceSteps:
         for batch, part in zip(batches, parts, strict=True):
             losses = self._sample_losses(self._trained, batch)
             if not torch.isfinite(losses).all():
-                raise ValueError(f"a loss is NaN or infinite at step {self.state.global_step}; lower the learning rate or check texts and labels")
+                raise ValueError(f"a loss is NaN or infinite at step {self.state.global_step}; lower the learning rate or check labels")
             value = (part * losses).sum() / len(weights)
             self.accelerator.backward(value)
             seen.append(losses.detach())
@@ -577,15 +598,17 @@ class _ImportanceSteps:
             self.window.clear()
         super().log(logs, start_time)
 
-# %% ../nbs/28_sentence_transformers.ipynb #6f1f1892
+# %% ../nbs/28_sentence_transformers.ipynb #a670e2a9
 @cache
 def importance_trainer(trainer: type) -> type:
     """A trainer class of sentence-transformers, or one derived from it, with importance in its step and everything else as it was.
 
-    The class takes, beside the trainer's own arguments: weighting: weights of each step's samples from their gradient norms, uniform with
-    Weighting(exponent=0). weights: given in its place, one per row of the training data (a dictionary of such for several data sets), or the
-    name of a column; a step is the gradient of the mean of w_i l_i, so weights of mean 1 keep the learning rate's meaning. given_negatives: see
-    `SampleLosses`. parameters, by_sample: see `gradients.weighted_backward`. `seen`: what the last step saw. Evaluation stays unweighted.
+    The class takes, beside the trainer's own arguments:
+    weighting: weights of each step's samples from their gradient norms, micro-batches as one; Weighting() by default.
+    weights: in its place, one per row of the training data (for several data sets a dictionary of them), or the name of a column; a step is
+    the gradient of the mean of w_i l_i, so weights of mean 1 keep the learning rate's meaning.
+    given_negatives: see `SampleLosses`. parameters, by_sample: see `gradients.weighted_backward`.
+    `seen`: what the last step saw. Evaluation stays unweighted.
     Raises ValueError for a loss that couples the rows of a batch, weights that do not fit, and more than one process or device.
     Source: article A, sections 3.2 (step 3) and 4.2.
     """
