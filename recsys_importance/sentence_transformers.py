@@ -196,7 +196,7 @@ def _check_mean(loss, outputs: list[torch.Tensor], each: torch.Tensor, value: Ca
         whole, mean = value([x.detach() for x in outputs], labels, documents).float(), each.detach().float().mean()
     narrow = any(x.dtype in (torch.bfloat16, torch.float16) for x in (*outputs, each))
     allowed = (3e-2 if narrow else 1e-4) * each.detach().float().abs().mean() + 1e-7
-    if torch.isfinite(whole) and not (whole - mean).abs() <= allowed:
+    if torch.isfinite(whole) and not (torch.isfinite(mean) and (whole - mean).abs() <= allowed):
         raise ValueError(
             f"{type(loss).__name__} is {float(whole):.6g} for a batch whose rows have a mean of {float(mean):.6g} alone: it couples "
             "the rows, so they have no importance of their own (ADRMSELoss does for lists of different length, CrossEntropyLoss for "
