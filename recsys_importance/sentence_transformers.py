@@ -335,11 +335,10 @@ class SampleLosses:
         """A batch of the library's preprocessed columns, as its collators make them."""
         return _flat(features, labels)
 
-# %% ../nbs/28_sentence_transformers.ipynb #541caaeb
-if "torch.nn.modules.linear.Linear" in RULES:  # a CrossEncoder's head that stays in float32 under autocast
-    rule("sentence_transformers.cross_encoder.model._Float32Linear")(RULES["torch.nn.modules.linear.Linear"])
+# %% ../nbs/28_sentence_transformers.ipynb #25354346
+rule("sentence_transformers.cross_encoder.model._Float32Linear")(RULES["torch.nn.modules.linear.Linear"])
 
-# %% ../nbs/28_sentence_transformers.ipynb #a823624b
+# %% ../nbs/28_sentence_transformers.ipynb #e5e5eb78
 _LABELS = ("label", "labels", "score", "scores")  # the library's names, in its order
 
 
@@ -391,7 +390,7 @@ class _Collate:
         columns = [list(texts) for texts in zip(*(sample["texts"] for sample in samples), strict=True)]
         return self.losses.from_texts(columns, labels, prompts=self.prompts) | {"sample_id": [sample["sample_id"] for sample in samples]}
 
-# %% ../nbs/28_sentence_transformers.ipynb #1d45902e
+# %% ../nbs/28_sentence_transformers.ipynb #ad848744
 def score(
     model: torch.nn.Module,
     loss: torch.nn.Module,
@@ -423,7 +422,7 @@ def score(
     each = [prompts.get(name) if isinstance(prompts, Mapping) else prompts for name in table.columns]
     return score_dataset(losses.model, losses, table, _Collate(losses, each), folder, **options)
 
-# %% ../nbs/28_sentence_transformers.ipynb #2c3ce421
+# %% ../nbs/28_sentence_transformers.ipynb #e63cb6f8
 _WEIGHT = "importance_weight"  # the column of given weights, beside the texts
 
 
@@ -462,7 +461,7 @@ def _check_weights(values) -> None:
         row = int(np.argmax(bad))
         raise ValueError(f"weights are finite and 0 or more, got {values[row]} for row {row}")
 
-# %% ../nbs/28_sentence_transformers.ipynb #0f109cb9
+# %% ../nbs/28_sentence_transformers.ipynb #ab29a758
 class _ImportanceSteps:
     """What turns a trainer of sentence-transformers into one with importance; see `importance_trainer`."""
 
@@ -598,7 +597,7 @@ class _ImportanceSteps:
             self.window.clear()
         super().log(logs, start_time)
 
-# %% ../nbs/28_sentence_transformers.ipynb #a670e2a9
+# %% ../nbs/28_sentence_transformers.ipynb #a516e69d
 @cache
 def importance_trainer(trainer: type) -> type:
     """A trainer class of sentence-transformers, or one derived from it, with importance in its step and everything else as it was.

@@ -195,6 +195,15 @@ def test_negatives_that_are_given_are_a_softmax_over_the_row(folder):
         losses(model, losses.from_texts([QUERIES, FIRST]))
 
 
+def test_a_head_kept_in_float32_and_a_square_batch_of_tokens_are_exact(folder):
+    model = ranker(folder)
+    model.set_keep_in_fp32_modules(["0.model.classifier"])
+    losses = SampleLosses(pair_losses.BinaryCrossEntropyLoss(model))
+    batch = losses.from_texts([["red mug"] * 6, ["tea"] * 6], torch.linspace(0, 1, 6))
+    assert batch["0.input_ids"].shape == (6, 6)
+    assert largest_error(model, losses, batch) < 1e-6  # the head rounds to float32
+
+
 # What is refused ------------------------------------------------------------------------------------------------------------------------
 
 
