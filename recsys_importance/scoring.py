@@ -329,7 +329,9 @@ def read_scores(folder: str | Path) -> pd.DataFrame:
     expected, paths = _read_identity(folder / "identity.json")["samples"], _shards(folder)
     shards = [_read_shard(path) for path in paths]
     held = sum(map(len, shards))
-    if held != expected or paths != [_shard_path(folder, shard) for shard in range(len(paths))]:
+    if held == expected and paths != [_shard_path(folder, shard) for shard in range(len(paths))]:
+        raise ValueError(f"{folder} holds {paths[-1].name}, one of {len(paths)} shards: some were renamed, so that their order is lost")
+    if held != expected:
         raise ValueError(f"{folder} holds {held} of {expected} scores; run score_dataset again with the same arguments to finish it")
     frame = pd.concat([shard.to_pandas() for shard in shards], ignore_index=True)
     _check_shard(frame)
