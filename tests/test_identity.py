@@ -11,6 +11,7 @@ import logging
 import math
 import operator
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -50,6 +51,29 @@ def by_nested_global(x):
 
 def by_attribute_of_a_global(x):
     return x / HOLDER.t
+
+
+ARGUMENTS = types.SimpleNamespace(t=1.0, resume=False, layers=types.SimpleNamespace(width=2))
+
+
+class Constants:
+    t, other = 1.0, 2.0
+
+    @classmethod
+    def scale(cls):
+        return cls.other
+
+
+def by_arguments(x):
+    return x / ARGUMENTS.t / ARGUMENTS.layers.width / Constants.t
+
+
+def by_a_method_of_constants(x):
+    return x / Constants.scale()
+
+
+def by_random_numbers(x):
+    return x * random.random() * np.random.rand() + random.choice([1, 2])  # noqa: NPY002
 
 
 def by_module_attribute(x):
@@ -137,6 +161,10 @@ READ = {  # the function, and what gets another value
     "global tensor": (by_global_tensor, HERE, "TENSOR", torch.tensor(10.0)),
     "nested global": (by_nested_global, TABLE["deep"][0], "t", 10.0),
     "attribute of a global": (by_attribute_of_a_global, HOLDER, "t", 10.0),
+    "argument": (by_arguments, ARGUMENTS, "t", 10.0),
+    "nested argument": (by_arguments, ARGUMENTS.layers, "width", 10.0),
+    "constant of a class": (by_arguments, Constants, "t", 10.0),
+    "what a class method reads": (by_a_method_of_constants, Constants, "other", 10.0),
     "module attribute": (by_module_attribute, settings_of_the_loss, "T", 10.0),
     "function of a function of a module": (by_function_of_a_module, settings_of_the_loss, "T", 10.0),
     "function of a module": (by_function_of_a_module, settings_of_the_loss, "divided", lambda x: x / 10),
@@ -217,6 +245,16 @@ class Data:
     inner: object = None
 
 
+class Unwilling:
+    """An object that refuses to be pickled, but whose attributes are all that there is."""
+
+    def __init__(self, t):
+        self.t = t
+
+    def __getstate__(self):
+        raise TypeError("not today")
+
+
 class Level(enum.Enum):
     LOW = 1
     HIGH = 10
@@ -278,6 +316,7 @@ MADE = {
     "operation": lambda t: (lambda x: x + t) if t == 1 else (lambda x: x - t),
     "comparison": lambda t: (lambda x: x < 3) if t == 1 else (lambda x: x <= 3),
     "attribute read": lambda t: (lambda x: x.real) if t == 1 else (lambda x: x.imag),
+    "set in the code": lambda t: (lambda x: x in {"a", "b", "c"}) if t == 1 else (lambda x: x in {"a", "b", "d"}),
     "partial": lambda t: functools.partial(by_global, t),
     "partial keyword": lambda t: functools.partial(by_global, t=t),
     "nested partial": lambda t: functools.partial(functools.partial(by_global, [t])),
@@ -309,6 +348,7 @@ MADE = {
     "class body": class_made_with,
     "metaclass-less type": lambda t: type("Made", (), {"t": t}),
     "circle": circle,
+    "unwilling": Unwilling,
     "deep": deep,
     "module": lambda t: nn.Dropout(t / 100),
     "module's attribute": lambda t: network(lambda made: setattr(made, "t", t)),
@@ -413,6 +453,20 @@ def test_comments_docstrings_lines_and_names_of_variables_do_not_matter():
     assert fingerprint(plain) != fingerprint(compiled(written.replace("- 1", "- 2")))
 
 
+def test_settings_that_are_not_read_do_not_matter(monkeypatch):
+    before = fingerprint(by_arguments)
+    monkeypatch.setattr(ARGUMENTS, "resume", True)
+    monkeypatch.setattr(Constants, "other", 3.0)
+    assert fingerprint(by_arguments) == before
+
+
+def test_the_process_s_random_numbers_are_no_state_of_a_function():
+    before = fingerprint(by_random_numbers)
+    random.random(), np.random.rand()  # noqa: NPY002
+    assert fingerprint(by_random_numbers) == before
+    assert fingerprint(np.random.default_rng(1)) != fingerprint(np.random.default_rng(2))
+
+
 def test_what_cannot_change_a_number_does_not_matter():
     first = Callable_(t=1, lock=threading.Lock(), bar=tqdm(total=3, disable=True), log=logging.getLogger("a"), out=sys.stderr)
     bar = tqdm(total=3, disable=True)
@@ -439,10 +493,26 @@ def test_use_changes_nothing():
     assert before == [fingerprint(value) for value in (layers, cached, lazily, single)]
 
 
+def test_the_first_look_at_a_class_changes_nothing():
+    """copyreg notes on a class which slots it has."""
+    made = [type("Fresh", (), {"t": 1})() for _ in range(2)]
+    first = fingerprint(made[0])
+    assert first == fingerprint(made[0]) == fingerprint(made[1])
+
+
 def test_modes_count_where_they_are_asked_for():
     layers = nn.Sequential(nn.Dropout())
     assert fingerprint(layers) != fingerprint(nn.Sequential(nn.Dropout()).eval())
     assert fingerprint(layers, modes=False) == fingerprint(nn.Sequential(nn.Dropout()).eval(), modes=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_compiled_is_what_it_was():
+    losses = [torch.compile(closing_over(t)) for t in (1.0, 1.0, 2.0)]
+    networks = [torch.compile(network(lambda made, t=t: setattr(made, "t", t))) for t in (1.0, 1.0, 2.0)]
+    for first, same, other in (losses, networks):
+        assert fingerprint(first) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(networks[0]) == fingerprint(networks[0]._orig_mod)
 
 
 def test_what_is_known_is_not_looked_into():
@@ -456,11 +526,6 @@ def test_what_is_known_is_not_looked_into():
 # --- what has no identity -----------------------------------------------------------------------------------------------------------------
 
 
-class Unreadable:
-    def __reduce_ex__(self, protocol):
-        raise TypeError("not today")
-
-
 def endless():
     inner = []
     inner.append(inner)
@@ -472,7 +537,7 @@ def endless():
 NONE = {
     "generator": lambda: closing_over(k for k in range(3)),
     "open file": lambda: closing_over(open(__file__)),  # noqa: SIM115
-    "unreadable": lambda: closing_over(Unreadable()),
+    "unwilling": lambda: closing_over(Unwilling(k for k in range(3))),
     "eval": lambda: lambda x: eval("x / SCALE"),
     "globals": lambda: lambda x: x / globals()["SCALE"],
     "modules": lambda: lambda x: x / sys.modules["settings_of_the_loss"].T,
@@ -490,10 +555,8 @@ def test_what_has_no_identity_is_an_error_that_names_it(name):
 
 
 def test_the_error_names_the_way_to_the_part():
-    with pytest.raises(
-        ValueError, match=r"^loss\.scales\['b'\]\.t: an object of class test_identity.Unreadable has no state that can be read"
-    ):
-        fingerprint(Callable_(scales={"a": 1, "b": Data(1), "b": Data(Unreadable())}), name="loss")  # noqa: F601
+    with pytest.raises(ValueError, match=r"^loss\.scales\['b'\]\.t: an object of class builtins.generator has no state that can be read"):
+        fingerprint(Callable_(scales={"a": 1, "b": Data(1), "b": Data(k for k in range(3))}), name="loss")  # noqa: F601
 
 
 # --- parts, and rows ----------------------------------------------------------------------------------------------------------------------
