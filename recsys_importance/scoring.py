@@ -66,8 +66,13 @@ def _claim(folder: Path, identity: dict) -> None:
         text = json.dumps(identity, indent=1, sort_keys=True)
     except TypeError as error:
         raise ValueError(f"the identity must be a dict of texts, numbers and lists of these, got {identity!r}") from error
-    there, now = _read_identity(path) if _shards(folder) else {}, json.loads(text)
+    there, now = _read_identity(path), json.loads(text)
     different = [key for key in sorted(there.keys() | now.keys()) if json.dumps(there.get(key)) != json.dumps(now.get(key))]
+    if "format" in different and _shards(folder):
+        raise ValueError(
+            f"{folder} holds scores of another run, of a version that did not record all that they depend on; read_scores reads them, but "
+            "they cannot be continued: choose another folder or delete this one"
+        )
     if different and _shards(folder):
         shown = [f"{key} {there.get(key)!r} there, {now.get(key)!r} now" for key in different[:6]]
         more = f"; and {len(different) - 6} more" if len(different) > 6 else ""
@@ -182,7 +187,9 @@ def _check_known_ids(dataset) -> None:
     ids = pd.Series([str(name) for name in ids])
     for second in np.flatnonzero(ids.duplicated())[:1].tolist():
         first = int(np.flatnonzero(ids == ids[second])[0])
-        if _name(dataset[first]["sample_id"]) == _name(dataset[second]["sample_id"]):  # a data set may rename what it holds
+        pair = _samples(dataset, [first, second])  # a data set may rename what it holds
+        named = all(isinstance(sample, Mapping) and "sample_id" in sample for sample in pair)
+        if named and _name(pair[0]["sample_id"]) == _name(pair[1]["sample_id"]):
             raise ValueError(_TWICE.format(ids[second]))
 
 
@@ -294,21 +301,23 @@ def _check_sizes(dataset, batch_size: int, shard_size: int) -> int:
 def _complete(folder: Path, shards: dict[int, range], score, dataset, collate, batch_size: int, contents, bar: tqdm) -> None:
     """Check the shards that are there and write those that are not."""
     there = [shard for shard in shards if _shard_path(folder, shard).exists()]
-    missing = [shard for shard in shards if shard not in set(there)]
+    missing = sorted(shards.keys() - set(there))
     contents = None if contents is None else str(contents)
-    finished, seen = [_shard_path(folder, shard) for shard in there], np.empty(0, np.uint64)
+    done, seen = [], np.empty(0, np.uint64)
     bar.set_description("checking finished samples" if there else "scoring")
-    for shard, path in zip(there, finished, strict=True):
-        seen = _with_new(seen, _check_finished(path, dataset, shards[shard], batch_size, contents, bar), finished[: finished.index(path)])
+    for shard in there:
+        path = _shard_path(folder, shard)
+        seen = _with_new(seen, _check_finished(path, dataset, shards[shard], batch_size, contents, bar), done)
+        done.append(path)
     if missing:
         bar.set_description("scoring")
         check_room(folder, sum(64 * len(shards[shard]) + 4096 for shard in missing))
     for shard in missing:
-        hashed = hashlib.sha256() if contents is None else None
+        path, hashed = _shard_path(folder, shard), hashlib.sha256() if contents is None else None
         frame = _scored(score, dataset, collate, shards[shard], batch_size, bar, hashed)
-        seen = _with_new(seen, frame["sample_id"].tolist(), finished)
-        _write_shard(_shard_path(folder, shard), frame, contents if hashed is None else hashed.hexdigest())
-        finished.append(_shard_path(folder, shard))
+        seen = _with_new(seen, frame["sample_id"].tolist(), done)
+        _write_shard(path, frame, contents if hashed is None else hashed.hexdigest())
+        done.append(path)
 
 
 def _write_shard(path: Path, frame: pd.DataFrame, contents: str) -> None:
@@ -430,6 +439,8 @@ def score_dataset(
     Raises ValueError as these do, and if a sample of the first batch has another norm alone than in that batch.
     """
     count = _check_sizes(dataset, batch_size, shard_size)
+    if not isinstance(identity or {}, Mapping):
+        raise ValueError(f"identity is {identity!r}, expected a dict such as {{'loss': 'margin 0.5'}}")
     with evaluating(model):
         score = _norms(model, loss, parameters=parameters, dtype=dtype, by_sample=by_sample)
         if folder is None:

@@ -514,6 +514,8 @@ def test_what_has_no_identity_needs_a_name_for_a_folder_and_none_without(tmp_pat
     pd.testing.assert_frame_equal(score_points(tmp_path / "scores", loss=NoState(), identity={"loss": "first"}), expected)
     with pytest.raises(ValueError, match="another run .*loss 'first' there, 'second' now"):
         score_points(tmp_path / "scores", loss=NoState(2.0), identity={"loss": "second"})
+    with pytest.raises(ValueError, match="identity is 'first', expected a dict"):
+        score_points(tmp_path / "scores", loss=NoState(), identity="first")
 
 
 def test_a_scorer_without_an_identity_given_is_known_by_what_it_reads(tmp_path):
@@ -602,6 +604,21 @@ def test_columns_that_are_not_the_samples_names_are_no_reason_to_refuse(tmp_path
             return super().__getitem__(row) | {"sample_id": f"r{row}"}
 
     assert score_points(tmp_path, Renamed(sample_id=["one"] * 22))["sample_id"].tolist() == [f"r{row}" for row in range(22)]
+
+
+def test_samples_that_are_no_dicts_take_their_names_from_the_collator(tmp_path):
+    class Tuples(Points):
+        def __getitem__(self, row):
+            return tuple(self.columns[name][row] for name in ("x", "y"))
+
+    dataset, started = Tuples(sample_id=["one"] * 22), iter(range(10**6))
+
+    def collate(rows):
+        return {"x": torch.stack([x for x, _ in rows]), "y": torch.stack([y for _, y in rows]), "sample_id": [next(started) for _ in rows]}
+
+    scores = score_points(tmp_path, dataset, collate=collate, identity={"collate": "counts"})
+    assert scores["sample_id"].tolist() == [str(row) for row in range(22)]
+    np.testing.assert_array_equal(scores["score"], score_points(None)["score"])
 
 
 @pytest.mark.parametrize("sample_id", [None, float("nan"), object(), [1]], ids=str)
@@ -839,6 +856,23 @@ def test_damaged_and_foreign_files_are_one_error(tmp_path):
     shard.rename(tmp_path / "scores-00007.parquet")
     with pytest.raises(ValueError, match="holds scores-00007.parquet, one of 3 shards: some were renamed, so that their order is lost"):
         read_scores(tmp_path)
+
+
+def test_a_file_of_another_program_is_left_alone(tmp_path):
+    (tmp_path / "identity.json").write_text('{"name": "Ada"}')
+    with pytest.raises(ValueError, match="identity.json is not that of a score run"):
+        score_points(tmp_path)
+    assert (tmp_path / "identity.json").read_text() == '{"name": "Ada"}'
+
+
+def test_scores_of_an_earlier_version_are_read_but_not_continued(tmp_path):
+    expected = score_points(tmp_path)
+    earlier = json.loads((tmp_path / "identity.json").read_text())
+    del earlier["format"], earlier["modules"], earlier["collate"]
+    (tmp_path / "identity.json").write_text(json.dumps(earlier))
+    pd.testing.assert_frame_equal(read_scores(tmp_path), expected)
+    with pytest.raises(ValueError, match="another run, of a version that did not record all .*: choose another folder"):
+        score_points(tmp_path)
 
 
 def test_the_bar_says_what_is_done(tmp_path, capfd):
