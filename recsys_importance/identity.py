@@ -102,7 +102,7 @@ def _code_parts(code: types.CodeType) -> Iterator[types.CodeType]:
         if isinstance(constant, types.CodeType):
             yield from _code_parts(constant)
 
-
+# %% ../nbs/19_identity.ipynb #6b6bfd56
 @functools.lru_cache(4096)
 def _reads(code: types.CodeType) -> tuple[tuple, ...]:
     """What the code reads from outside: ("global" | "closure" | "import", name, following attributes), each once."""
@@ -166,7 +166,7 @@ def _named(value) -> str:
     owner = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", None) or "builtins"
     return f"{owner}.{getattr(value, '__qualname__', getattr(value, '__name__', type(value).__name__))}, {_version(str(owner))}"
 
-
+# %% ../nbs/19_identity.ipynb #96daa506
 def _is_library_class(kind: type) -> bool:
     found = sys.modules.get(kind.__module__)
     if found is None or not _is_library(getattr(found, "__file__", None)) or kind.__module__ == "__main__":
@@ -207,7 +207,7 @@ def _cell_contents(cell) -> tuple:
     except ValueError:  # empty still
         return ()
 
-
+# %% ../nbs/19_identity.ipynb #eee42d47
 def _read_parts(function, scope: str, name: str, attributes: tuple, words: str, cells: dict) -> dict:
     """What one name in a function's code stands for now: {} if it does not exist."""
     try:
@@ -354,7 +354,7 @@ def _frame_parts(value) -> dict:
 def _array_or_list(column):
     return column.to_numpy() if isinstance(column.dtype, np.dtype) and column.dtype != object else column.tolist()
 
-
+# %% ../nbs/19_identity.ipynb #246e012f
 def _object_parts(value) -> dict:
     """Anything else: what pickling it would keep. Raises NoIdentity where pickle cannot."""
     parts = {"its class": type(value)}
@@ -426,7 +426,7 @@ def _parts(value, modes: bool = True) -> dict:
         return _network_parts(value, modes)
     return _state_parts(value)
 
-
+# %% ../nbs/19_identity.ipynb #b6b6377b
 def _state_parts(value) -> dict:
     if _is_inert(value):
         return {"its kind": type(value).__name__}

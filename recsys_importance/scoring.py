@@ -57,7 +57,7 @@ def _read_identity(path: Path) -> dict:
         raise ValueError(f"{path} is not that of a score run (no number of samples in it); choose another folder")
     return there
 
-
+# %% ../nbs/22_scoring.ipynb #726da37b
 def _claim(folder: Path, identity: dict) -> None:
     """Make the folder this run's, or raise ValueError if it holds scores of another run."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def _check_finished(path: Path, dataset, rows: range, batch_size: int, contents:
 def _cut(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-
+# %% ../nbs/22_scoring.ipynb #93ae09ff
 def _read_shard(path: Path) -> pa.Table:
     """A shard's sample_id and score. Raises ValueError if the file is damaged or not a shard."""
     try:
@@ -160,7 +160,7 @@ def _ids_of(batch: Mapping, samples: list) -> list[str]:
         )
     return ids
 
-
+# %% ../nbs/22_scoring.ipynb #48f1bc78
 def _column_of_ids(dataset) -> Sequence | None:
     """The sample_ids of a whole data set where they can be had without reading its samples."""
     if isinstance(dataset, (list, tuple)):
@@ -195,7 +195,7 @@ def _check_known_ids(dataset) -> None:
 
 _TWICE = "sample_id {!r} occurs twice; scores are keyed by sample_id, so it must be unique"
 
-
+# %% ../nbs/22_scoring.ipynb #25e78847
 def _with_new(seen: np.ndarray, ids: list[str], finished: list[Path]) -> np.ndarray:
     """The sorted hashes of all ids so far, 8 bytes each, with these. Raises ValueError if one of them is in a finished shard."""
     hashes = np.sort(pd.util.hash_array(np.array(ids, dtype=object), categorize=False))
@@ -286,7 +286,7 @@ def write_scores(
             _complete(folder, shards, score, dataset, collate, batch_size, identity.get("contents"), bar)
     return read_scores(folder)
 
-
+# %% ../nbs/22_scoring.ipynb #fe606e0c
 def _check_sizes(dataset, batch_size: int, shard_size: int) -> int:
     """How many samples a data set has; ValueError for sizes or data sets that cannot be scored."""
     if batch_size < 1 or shard_size < 1:
@@ -459,7 +459,7 @@ def score_dataset(
         sizes = dict(batch_size=batch_size, shard_size=shard_size, progress=progress)
         return write_scores(score, dataset, collate, folder, identity=found | dict(identity or {}), **sizes)
 
-
+# %% ../nbs/22_scoring.ipynb #2bc04c97
 def _norms(model: torch.nn.Module, loss: Loss, *, dtype: torch.dtype | None, **options) -> Callable[[dict], torch.Tensor]:
     """batch -> norms; the first batch is checked."""
     device = next(model.parameters()).device
