@@ -279,7 +279,8 @@ def _module_parts(module: types.ModuleType) -> dict:
     return {name: value for name, value in vars(module).items() if not (name.startswith("__") and name.endswith("__"))}
 
 # %% ../nbs/19_identity.ipynb #b9575d94
-_OWN_TENSORS = ("_parameters", "_buffers", "_modules")
+_OF_MODULES = frozenset(vars(torch.nn.Module()))
+_TAKEN_APART = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_compiled_call_impl", "name_or_path")
 
 
 def _network_parts(module: torch.nn.Module, modes: bool) -> dict:
@@ -288,10 +289,10 @@ def _network_parts(module: torch.nn.Module, modes: bool) -> dict:
         return _network_parts(module._orig_mod, modes)
     parts = {"its class": type(module)}
     for name, value in vars(module).items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            if value and "state_dict" not in name:
+        if name in _OF_MODULES and "hooks" in name:
+            if value and name.endswith("_hooks") and "state_dict" not in name:
                 parts[name] = list(value.values())  # the keys count all hooks of the process
-        elif "hooks" not in name and name not in (*_OWN_TENSORS, "_compiled_call_impl", "_non_persistent_buffers_set", "training"):
+        elif name not in _TAKEN_APART:
             parts[name] = value
     if modes:
         parts["its mode"] = module.training

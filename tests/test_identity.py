@@ -352,6 +352,9 @@ MADE = {
     "deep": deep,
     "module": lambda t: nn.Dropout(t / 100),
     "module's attribute": lambda t: network(lambda made: setattr(made, "t", t)),
+    "attribute with the name of a hook": lambda t: network(lambda made: setattr(made, "scale_of_hooks", t)),
+    "table with the name of hooks": lambda t: network(lambda made: setattr(made, "my_hooks", {t: 1})),
+    "list of tensors": lambda t: network(lambda made: setattr(made, "kept", [torch.tensor(t)])),
     "module's weight": lambda t: network(lambda made: made.linear.weight.data.fill_(t)),
     "module's buffer": lambda t: network(lambda made: made.register_buffer("b", torch.tensor(t), persistent=False)),
     "module's eps": lambda t: nn.LayerNorm(2, eps=t),
@@ -642,6 +645,8 @@ def test_a_network_of_transformers(make):
     first, second = make(), make()
     assert fingerprint(first) == fingerprint(second)
     first(torch.ones(2, 3, dtype=torch.int64)).logits.sum().backward()
+    assert fingerprint(first) == fingerprint(second)
+    second.name_or_path = second.config._name_or_path = "moved"
     assert fingerprint(first) == fingerprint(second)
     second.config.hidden_act = "relu"
     assert fingerprint(first) != fingerprint(second)
