@@ -431,8 +431,8 @@ def score_dataset(
 ) -> pd.DataFrame:
     """Gradient norm of every sample of a data set, dropout off: N rows of sample_id (str) and score (float32, or `dtype`).
 
-    See `gradient_norms` for loss, parameters, dtype, by_sample and check, and `write_scores` for dataset, collate, folder and restarting. Without
-    a folder nothing is kept on disk.
+    See `gradient_norms` for loss, parameters, dtype, by_sample and check, and `write_scores` for dataset, collate, folder and restarting.
+    Without a folder nothing is kept on disk.
     The folder is bound to the model's weights, code, settings and hooks, to loss and collate with all that they read (`identity_of`), to
     parameters, dtype and by_sample, and to the samples' contents.
     identity: texts that stand for parts which have no identity of their own: "loss", "collate", "modules" (the model without its weights),

@@ -386,7 +386,7 @@ def test_memory_holds_two_batches_and_the_graph_of_one(tmp_path):
 
     gc.disable()
     try:
-        score_dataset(perceptron(), loss, Points(80), counted, tmp_path, **SETTINGS)
+        score_dataset(perceptron(), loss, Points(80), counted, tmp_path, check=False, **SETTINGS)
     finally:
         gc.enable()
     assert len(most) == 32  # 10 shards of 8 in batches of 3, and two samples alone
