@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from .gradients import RULES, rule, weighted_backward
+from .identity import identity_of
 from .importance import Weighting, effective_sample_size
 from .reference import batch_size_of
 from .scoring import score_dataset
@@ -420,6 +421,10 @@ def score(
     if isinstance(prompts, Mapping) and (losses.takes_pairs or not set(prompts) <= set(table.columns)):
         raise ValueError(f"prompts by column are for a SentenceTransformer's columns {', '.join(table.columns)}, got {dict(prompts)}")
     each = [prompts.get(name) if isinstance(prompts, Mapping) else prompts for name in table.columns]
+    if folder is not None:
+        of_loss = identity_of(loss, name="loss", known={id(model): "the model"})["loss"]
+        named = {"loss": f"{losses.settings} {of_loss}", "collate": repr((table.columns, each))}
+        options["identity"] = named | dict(options.get("identity") or {})
     return score_dataset(losses.model, losses, table, _Collate(losses, each), folder, **options)
 
 # %% ../nbs/28_sentence_transformers.ipynb #e63cb6f8
