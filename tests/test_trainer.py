@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import MagicMock, PropertyMock
 
@@ -396,15 +397,17 @@ def test_the_log_has_each_objective_over_the_samples_that_have_its_label(tmp_pat
 
 
 def test_the_log_says_what_the_weights_did(tmp_path):
-    """Two logs of two steps each; the last batch is one whose samples all weigh nothing."""
+    """Two logs of two steps each; the last batch is one whose samples all weigh nothing. The weights have mean 1: 34 / 16 of these."""
     order = orders([0], size=16, seed=3)[0]
     weights = np.zeros(16)
     weights[order[:12]] = [1, 2, 3, 4, 0, 0, 0, 4, 5, 5, 5, 5]
+    weights *= 16 / 34
     ours = trainer(tmp_path, count=16, recompute="never", weights=weights, logging_steps=2)
     ours.train()
     first, second = logs_of(ours)
-    assert first["effective_share"] == pytest.approx(14**2 / 46 / 8) and first["trained_share"] == 5 / 8 and first["largest_weight"] == 4
-    assert second["effective_share"] == pytest.approx(1 / 2) and second["trained_share"] == 1 / 2 and second["largest_weight"] == 5
+    assert first["effective_share"] == pytest.approx(14**2 / 46 / 8) and first["trained_share"] == 5 / 8
+    assert second["effective_share"] == pytest.approx(1 / 2) and second["trained_share"] == 1 / 2
+    assert [first["largest_weight"], second["largest_weight"]] == pytest.approx([4 * 16 / 34, 5 * 16 / 34])
     ours = trainer(tmp_path, count=16, recompute="never", weights=weights, logging_steps=1)
     ours.train()
     last = logs_of(ours)[-1]
@@ -564,7 +567,7 @@ def test_an_objective_that_is_not_finite_is_named_with_the_sample(tmp_path):
             dict(balance="mgda", loss=TWO, tasks=TASKS, frame=clicked_frame(), recompute="forward"),
             "balance='mgda' with recompute='forward' is not supported; use recompute='step', 'epoch' or 'never'",
         ),
-        (dict(compute_metrics=len), "compute_metrics needs predictions, which a loss does not give; use validate, a function of the model"),
+        (dict(compute_metrics=len), "compute_metrics is not supported: it needs predictions, which a loss does not give; use validate, a function of the model"),
         (dict(exact_every=0), "exact_every must be 1 or more, got 0"),
         (dict(torch_compile=True), "torch_compile does not keep samples apart; start one process per GPU with torchrun"),
     ],
@@ -599,6 +602,11 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its contents."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A folder with the checkpoints of steps 1, 2 and 3."""
@@ -613,14 +621,13 @@ def copied(saved, tmp_path) -> Path:
 
 
 def test_the_newest_checkpoint_is_found(copied):
-    before = {name: files_in(copied / name) for name in files_in(copied)}
+    before = tree(copied)
     (copied / "checkpoint-best").mkdir()  # someone's own
     assert last_checkpoint(copied) == copied / "checkpoint-3"
     (copied / "checkpoint-3").rename(copied / "checkpoint-10")
     assert last_checkpoint(str(copied)) == copied / "checkpoint-10"  # by number: 10 comes after 2
     (copied / "checkpoint-10").rename(copied / "checkpoint-3")
-    (copied / "checkpoint-best").rmdir()
-    assert {name: files_in(copied / name) for name in files_in(copied)} == before
+    assert tree(copied) == before
     assert last_checkpoint(copied / "nothing") is None
 
 
@@ -628,20 +635,36 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+LACKS = {
+    "trainer_state.json": "no complete trainer_state.json",
+    "model.safetensors": "no complete model",
+    "optimizer.pt": "no complete optimizer.pt",
+    "scheduler.pt": "no complete scheduler.pt",
+    "rng_state.pth": "random state",
+}
+
+
+@pytest.mark.parametrize("name", LACKS)
 @pytest.mark.parametrize("fault", [Path.unlink, truncated], ids=["missing", "truncated"])
-def test_what_is_half_written_is_thrown_away(name, fault, copied):
+def test_what_is_half_written_is_passed_over_and_stays(name, fault, copied):
     fault(copied / "checkpoint-3" / name)
     fault(copied / "checkpoint-2" / name)
-    assert last_checkpoint(copied) == copied / "checkpoint-1" and files_in(copied) == ["checkpoint-1"]
+    before = tree(copied)
+    with pytest.warns(UserWarning, match=rf"training cannot go on from checkpoint-3 \(.*{LACKS[name]}.*\), checkpoint-2 \(.*in {copied};"):
+        assert last_checkpoint(copied) == copied / "checkpoint-1"
     fault(copied / "checkpoint-1" / name)
-    assert last_checkpoint(copied) is None and files_in(copied) == []
+    (copied / "checkpoint-1" / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="passed over and left as it is"):
+        assert last_checkpoint(copied) is None
+    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json"]
+    assert {name for name in before if name.startswith(("checkpoint-2", "checkpoint-3"))} <= tree(copied).keys()
 
 
 def test_older_checkpoints_are_not_looked_at(copied):
     truncated(copied / "checkpoint-1" / "trainer_state.json")
-    assert last_checkpoint(copied) == copied / "checkpoint-3"
-    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last_checkpoint(copied) == copied / "checkpoint-3"
 
 
 def test_every_process_has_left_its_random_state(copied):
@@ -649,8 +672,11 @@ def test_every_process_has_left_its_random_state(copied):
     (copied / "checkpoint-3" / "rng_state_1.pth").write_bytes(state.read_bytes())
     state.rename(state.with_name("rng_state_0.pth"))
     assert last_checkpoint(copied, ranks=2) == copied / "checkpoint-3"
+    with pytest.warns(UserWarning, match=r"checkpoint-3 \(random states of 2 processes, not of 1\) in"):
+        assert last_checkpoint(copied) == copied / "checkpoint-2"
     (copied / "checkpoint-3" / "rng_state_1.pth").unlink()
-    assert last_checkpoint(copied, ranks=2) is None
+    with pytest.warns(UserWarning, match="random states of 1 processes, not of 2"):
+        assert last_checkpoint(copied, ranks=2) is None
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(copied):
