@@ -567,7 +567,10 @@ def test_an_objective_that_is_not_finite_is_named_with_the_sample(tmp_path):
             dict(balance="mgda", loss=TWO, tasks=TASKS, frame=clicked_frame(), recompute="forward"),
             "balance='mgda' with recompute='forward' is not supported; use recompute='step', 'epoch' or 'never'",
         ),
-        (dict(compute_metrics=len), "compute_metrics is not supported: it needs predictions, which a loss does not give; use validate, a function of the model"),
+        (
+            dict(compute_metrics=len),
+            "compute_metrics is not supported: it needs predictions, which a loss does not give; use validate, a function of the model",
+        ),
         (dict(exact_every=0), "exact_every must be 1 or more, got 0"),
         (dict(torch_compile=True), "torch_compile does not keep samples apart; start one process per GPU with torchrun"),
     ],

@@ -490,7 +490,7 @@ def test_checkpoints_stay_where_they_are_asked_for(train, validation, tmp_path):
     weights, result = trained(train, validation, folder=folder)
     found = sorted(path.name for path in folder.iterdir())
     best = result.history["step"][1:][result.history["ndcg@10"][1:] == result.best].iloc[0]
-    assert found == [f"checkpoint-{best}", "run.json"]
+    assert found == [f"checkpoint-{best}", "importance_checkpoints.json", "run.json", "run.lock"]
     assert same(load_file(folder / f"checkpoint-{best}" / "model.safetensors"), weights)
 
 

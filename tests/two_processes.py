@@ -189,6 +189,7 @@ def outcomes(rank: int, folder: Path) -> dict:
         (folder / "half-written" / "checkpoint-99").mkdir(parents=True)
         (folder / "half-written" / "checkpoint-99" / "trainer_state.json").write_text("{")
         (folder / "half-written" / "run.json").write_bytes((folder / "never whole" / "run.json").read_bytes())
+        (folder / "half-written" / "importance_checkpoints.json").write_text('["checkpoint-99"]')
     distributed.barrier()
     found["half-written"] = fine_tuned(folder / "half-written", batch_size=4, dropout=0.1)
     found["no folder"] = refusal(fine_tuned, None, batch_size=4)
