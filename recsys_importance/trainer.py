@@ -936,8 +936,9 @@ class ImportanceTrainer(_Ways):
             return dict(batch) | {"sample_id": [item["sample_id"] for item in items]}
 
         def without_names(model, batch: dict) -> torch.Tensor:
+            batch = batch if named else {name: value for name, value in batch.items() if name != "sample_id"}
             with self._naming_columns([batch]):
-                return self.loss(model, {name: value for name, value in batch.items() if named or name != "sample_id"})
+                return self.loss(model, batch)
 
         with tempfile.TemporaryDirectory() as folder:
             norms = score_dataset(
