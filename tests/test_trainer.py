@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from apart import apart
-from tiny import tiny_frame, tiny_pair
+from tiny import tiny_config, tiny_frame, tiny_pair
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -689,6 +689,110 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(copied):
     with pytest.raises(ValueError, match="checkpoint-2 has no importance.safetensors: it was written by another kind of run"):
         ours.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
     trainer(copied, count=12, recompute="step").train(resume_from_checkpoint=str(copied / "checkpoint-2"))  # needs none
+
+
+def stock(folder: Path, *, model=None, **changes):
+    """Hugging Face's own Trainer on a tiny classifier, with a checkpoint every step of three."""
+    from transformers import BertForSequenceClassification, Trainer
+
+    model = BertForSequenceClassification(tiny_config(dropout=0.0, num_labels=2)) if model is None else model
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "label": row % 2} for row in range(12)]
+    options = dict(save_strategy="steps", save_steps=1, remove_unused_columns=True) | changes
+    Trainer(model=model, args=arguments(folder, **options), train_dataset=rows).train()
+    return model
+
+
+def test_checkpoints_of_a_stock_trainer_are_found_whole_sharded_and_as_adapters(tmp_path):
+    model = stock(tmp_path / "whole")
+    assert last_checkpoint(tmp_path / "whole") == tmp_path / "whole" / "checkpoint-3"
+    newest = Path(shutil.copytree(tmp_path / "whole", tmp_path / "sharded")) / "checkpoint-3"
+    (newest / "model.safetensors").unlink()
+    model.save_pretrained(newest, max_shard_size="20KB")
+    shards = sorted(newest.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2 and last_checkpoint(tmp_path / "sharded") == newest
+    truncated(shards[1])
+    with pytest.warns(UserWarning, match=r"checkpoint-3 \(no complete model\)"):
+        assert last_checkpoint(tmp_path / "sharded") == tmp_path / "sharded" / "checkpoint-2"
+    peft = pytest.importorskip("peft")
+    stock(tmp_path / "adapters", model=peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"])))
+    newest = tmp_path / "adapters" / "checkpoint-3"
+    assert (newest / "adapter_model.safetensors").exists() and not (newest / "model.safetensors").exists()
+    assert last_checkpoint(tmp_path / "adapters") == newest
+
+
+def test_a_checkpoint_of_the_model_alone_is_passed_over_and_cannot_be_resumed(tmp_path):
+    stock(tmp_path, save_only_model=True)
+    before = tree(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-3 \(no complete optimizer.pt: save_only_model leaves it out\), checkpoint-2 \(no comp"
+    ):
+        assert last_checkpoint(tmp_path) is None
+    for path in (tmp_path / "checkpoint-3", str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match=rf"training cannot go on from {path} \(no complete optimizer.pt"):
+            trainer(tmp_path, count=12).train(resume_from_checkpoint=path)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no checkpoint from which training can go on"):
+        trainer(tmp_path, count=12).train(resume_from_checkpoint=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_run_does_not_begin_where_it_could_write_over_or_remove_what_it_did_not_write(limit, tmp_path):
+    stock(tmp_path)
+    before = tree(tmp_path)
+    ours = trainer(tmp_path, count=12, save_strategy="steps", save_steps=1, save_total_limit=limit)
+    message = r"holds checkpoints that this run did not write \(checkpoint-1, checkpoint-2, checkpoint-3\), and would write over"
+    for given in (None, str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match=message):
+            ours.train(resume_from_checkpoint=given)
+    assert tree(tmp_path) == before and ours.state.global_step == 0
+    trainer(tmp_path, count=12).train()  # which writes nothing
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_an_earlier_run_is_for_going_on_or_refused(saved, copied):
+    options = dict(count=12, recompute="epoch", save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="holds checkpoints that this run did not write"):
+        trainer(copied, **options).train()
+    ours = trainer(copied, **options)
+    ours.train(resume_from_checkpoint=True)
+    assert tree(copied).keys() == tree(saved).keys()
+    ours = trainer(copied / "below", **options)
+    ours.train()
+    ours.train()  # the same run once more may write over its own
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rotation_removes_only_what_the_run_wrote(limit, best, tmp_path):
+    """As Hugging Face's does with a folder of its own; another program's checkpoint, which appears meanwhile, stays."""
+
+    class AnotherProgram(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                (tmp_path / "checkpoint-1000").mkdir()
+                (tmp_path / "checkpoint-1000" / "model.safetensors").write_text("another's")
+
+    values = iter([5.0, 1.0, 2.0, 3.0, 4.0])  # the first evaluation is the best
+    evaluated = dict(eval_strategy="steps", eval_steps=1, validate=lambda model: {"score": next(values)}, eval_dataset=[0])
+    evaluated |= dict(load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True) if best else {}
+    ours = trainer(tmp_path, count=20, save_strategy="steps", save_steps=1, save_total_limit=limit, **evaluated)
+    ours.add_callback(AnotherProgram())
+    ours.train()
+    kept = {(1, False): {5}, (2, False): {4, 5}, (1, True): {1}, (2, True): {1, 5}}[limit, best]
+    names = {f"checkpoint-{step}" for step in kept}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == names | {"checkpoint-1000"}
+    assert (tmp_path / "checkpoint-1000" / "model.safetensors").read_text() == "another's"
+    assert ours.args.save_total_limit == limit
+
+
+def test_a_run_of_other_weights_does_not_go_on(tmp_path):
+    options = dict(count=12, recompute="never", save_strategy="steps", save_steps=1)
+    weights = np.linspace(0, 2, 12)
+    trainer(tmp_path, weights=weights, **options).train()
+    for other in (weights[::-1], None):
+        with pytest.raises(ValueError, match="was written by a run of other weights than are given now; give the same, or begin anew"):
+            trainer(tmp_path, weights=other, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(tmp_path, weights=weights, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What each of two processes does for test_two_processes: a list of runs, their outcomes written to a file. Started by torchrun."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -48,9 +49,14 @@ def selective(name: str, rank: int) -> dict:
 # --- the trainer ------------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = [0.0, 2.0, 0.5, 1.5] * 4
+GIVEN = [0.0, 3.0, 0.5, 1.0] * 4
 TRAINERS = {  # micro-batches per step, options
     "never": (1, dict(recompute="never", weights=WEIGHTS)),
     "epoch": (1, dict(recompute="epoch", weighting=Weighting(clip=2))),
+    "epoch, workers": (2, dict(recompute="epoch", weighting=Weighting(clip=2), workers=1)),
+    "weight column": (2, dict(recompute="step", weighting=Weighting(clip=2), given=GIVEN)),
+    "all learned but a half": (1, dict(recompute="forward", weighting=HALF, learned=8)),
+    "all learned": (2, dict(recompute="forward", weighting=HALF, learned=16)),
     "step": (2, dict(recompute="step", weighting=Weighting(exponent=1, clip=1.5))),
     "forward": (1, dict(recompute="forward", weighting=HALF)),
     "forward, accumulated": (2, dict(recompute="forward", weighting=HALF)),
@@ -66,7 +72,28 @@ def clicked(frame):
     return frame.assign(clicked=[float("nan") if number % 5 == 0 else float(number % 3 == 0) for number in range(len(frame))])
 
 
-def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, tasks=("relevance",), weights=None, **options) -> dict:
+def learned_up_to(count: int):
+    """Cross-entropy, but 0 with a gradient of 0 for the first samples."""
+
+    def loss(model, batch):
+        return cross_entropy(model, batch) * torch.tensor([float(int(name[1:]) >= count) for name in batch["sample_id"]])
+
+    return loss
+
+
+def trained(
+    folder: Path,
+    batch: int,
+    accumulation: int,
+    *,
+    loss=cross_entropy,
+    tasks=("relevance",),
+    weights=None,
+    given=None,
+    learned=0,
+    workers=0,
+    **options,
+) -> dict:
     """Weights and log of two epochs of plain SGD on sixteen samples."""
     from transformers import TrainingArguments
 
@@ -88,8 +115,12 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
         logging_steps=1,
         seed=3,
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
     )
     columns = columns_of(frame, loss) if isinstance(loss, Objectives) else {}
+    columns |= {} if given is None else {"weight": given}
+    loss = learned_up_to(learned) if learned else loss
     dataset = PairDataset(frame, **columns)
     options = options | ({} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64).numpy()})
     options |= {"head": ImportanceHead(pair.model)} if options.get("head") else {}
@@ -103,6 +134,8 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
         **options,
     )
     ours.train()
+    if workers:
+        ours.callback_handler.train_dataloader._iterator._shutdown_workers()
     log = [entry for entry in ours.state.log_history if "loss" in entry]
     moments = None if ours.head is None else ours.head.moments
     return {"end": {name: value.clone() for name, value in pair.model.state_dict().items()}, "log": log, "moments": moments}
@@ -194,6 +227,8 @@ def outcomes(rank: int, folder: Path) -> dict:
     found["half-written"] = fine_tuned(folder / "half-written", batch_size=4, dropout=0.1)
     found["no folder"] = refusal(fine_tuned, None, batch_size=4)
     found["another run"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1, learning_rate=5e-4)
+    with training._locked(folder / "never whole") if rank == 0 else contextlib.nullcontext():  # as another torchrun would
+        found["in use"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1)
     found["a file"] = refusal(fine_tuned, Path(__file__), batch_size=4)
     return found | {"bars": Bar.shown}
 
