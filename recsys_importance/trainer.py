@@ -338,6 +338,9 @@ class _Run(_Loading):
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if resume_from_checkpoint is not None and best.is_dir():
             self.state.best_model_checkpoint = str(best)  # the folder may have been moved
+        if resume_from_checkpoint is not None and not _is_indexed(self.train_dataset):  # Hugging Face takes it for one endless epoch
+            self.place = _kept_in(resume_from_checkpoint, "stream")["stream"].tolist()
+            done = self.place[0], 0 if self.args.ignore_data_skip else self.place[1]
         stopped = resume_from_checkpoint is not None and self.control.should_training_stop
         return (num_train_epochs, 0) if stopped else done  # what had stopped early does not go on
 
@@ -346,6 +349,8 @@ class _Run(_Loading):
         state = {f"head.{name}": value.contiguous() for name, value in (self.head.state_dict() if self.head else {}).items()}
         if self.weights is not None:
             state["weights"] = torch.from_numpy(self.weights)
+        if not _is_indexed(self.train_dataset):
+            state["stream"] = torch.tensor(self.place)
         if state and self.args.should_save:
             safetensors.torch.save_file(state, Path(output_dir, _STATE))
 
@@ -353,17 +358,25 @@ class _Run(_Loading):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.recompute in ("step", "forward") and self.head is None:
             return
-        path = Path(checkpoint, _STATE)
-        state = safetensors.torch.load_file(path) if path.exists() else {}
-        kept = state.pop("weights", None)
-        if not path.exists() and (self.head is not None or self.weights is not None) or kept is None and self.recompute == "epoch":
-            raise ValueError(f"{checkpoint} has no {_STATE}: it was written by another kind of run, which cannot go on as this one")
+        needed = self.recompute == "epoch" or self.weights is not None
+        state = _kept_in(checkpoint, *["weights"] * needed, *["head.moments"] * (self.head is not None))
+        kept = state.get("weights")
         if self.recompute == "epoch":
             self.weights = kept.numpy()
         elif self.recompute == "never" and not np.array_equal([] if kept is None else kept, [] if self.weights is None else self.weights):
             raise ValueError(f"{checkpoint} was written by a run of other weights than are given now; give the same, or begin anew")
         if self.head is not None:
-            self.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+            head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+            self.head.load_state_dict(head)
+
+
+def _kept_in(checkpoint: str | Path, *names: str) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps for importance, among it these names, or ValueError."""
+    path = Path(checkpoint, _STATE)
+    state = safetensors.torch.load_file(path) if path.exists() else {}
+    if not state.keys() >= set(names):
+        raise ValueError(f"{checkpoint} has no {_STATE}: it was written by another kind of run, which cannot go on as this one")
+    return state
 
 # %% ../nbs/29_trainer.ipynb #ef1ac1c6
 def last_checkpoint(folder: str | Path, *, ranks: int = 1) -> Path | None:
@@ -641,6 +654,7 @@ class _Steps(_Keeping):
         if hasattr(self.optimizer, "train"):  # an optimiser without a schedule swaps the weights it trains in
             self.optimizer.train()
         self._micro_batches.append(self._received(inputs))
+        self.place[1] += 1
         if not self.accelerator.sync_gradients:  # the gradient of all micro-batches is formed with the last one
             return torch.zeros((), device=self.args.device)
         micro, self._micro_batches = self._micro_batches, []
@@ -919,6 +933,7 @@ class ImportanceTrainer(_Ways):
         self.seen: Step | None = None
         self.window: deque[Step] = deque(maxlen=10_000)  # the steps since the last log
         self.head_losses: deque[float] = deque(maxlen=10_000)  # L_i of these steps
+        self.place = [0, 0]  # passes over the data set, and batches of the one at hand
         self.sampler, self.written, self.has_given, self.idle, self._said = None, set(), None, False, False
         self._recorder, self._micro_batches = _Recorder(loss, self.compute_loss_context_manager), []
         self.add_callback(_EachEpoch(self))
@@ -977,6 +992,8 @@ class _EachEpoch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.epoch = None
+        if not state.global_step:
+            self.trainer.place = [0, 0]
         self.trainer._micro_batches, self.trainer._said, self.trainer.has_given = [], False, None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -986,7 +1003,9 @@ class _EachEpoch(TrainerCallback):
         elif hasattr(train_dataloader, "__len__") and _is_indexed(self.trainer.train_dataset):
             self.epoch, done = divmod(state.global_step, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         else:
-            self.epoch = 0
+            self.epoch = self.trainer.place[0]
+        if self.epoch != self.trainer.place[0]:
+            self.trainer.place = [self.epoch, 0]
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(self.epoch)
         if self.trainer.recompute == "epoch" and not done:

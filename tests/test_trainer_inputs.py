@@ -617,6 +617,37 @@ def test_an_optimiser_of_ones_own_is_used(tmp_path):
     torch.testing.assert_close(parameters_of(pair.model), parameters_of(ours.model), rtol=0, atol=1e-6)
 
 
+def test_a_model_that_is_made_anew_trains_as_one_that_is_given(tmp_path):
+    ends = []
+    for name in ("model", "model_init"):
+        pair = tiny_pair("cross_encoder", dropout=0.0)
+        given = dict(
+            args=arguments(tmp_path), data_collator=PairCollator(pair), train_dataset=PairDataset(tiny_frame(8)), loss=cross_entropy
+        )
+        given[name] = pair.model if name == "model" else lambda: tiny_pair("cross_encoder", dropout=0.0).model
+        ours = ImportanceTrainer(**given)
+        ours.train()
+        ends.append(parameters_of(ours.model))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_noise_on_the_embeddings_is_that_of_plain_training(accumulation, tmp_path):
+    """Weights of 1 from exact norms, exponent 0, follow the plain gradient under the same noise; with a clip there is a second pass."""
+    samples = [dict(zip(rows_of_tokens(), values, strict=True)) for values in zip(*rows_of_tokens().values(), strict=True)]
+    samples = [{name: value for name, value in sample.items() if name != "weight"} for sample in samples]
+    ends = []
+    for options in (dict(), dict(weighting=Weighting(exponent=0)), dict(weighting=Weighting(exponent=0, clip=2)), dict(alpha=None)):
+        alpha = options.pop("alpha", 5.0)
+        options |= dict(recompute="step" if options else "never", neftune_noise_alpha=alpha, gradient_accumulation_steps=accumulation)
+        ours = hugging_face(tmp_path, samples, **options)
+        ours.train()
+        ends.append(parameters_of(ours.model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(ends[2], ends[0], rtol=0, atol=1e-6)
+    assert (ends[3] - ends[0]).abs().max() > 1e-4
+
+
 def test_the_cache_is_emptied_as_often_as_asked(tmp_path, monkeypatch):
     emptied = []
     monkeypatch.setattr(module, "clear_device_cache", lambda: emptied.append(1))
@@ -649,6 +680,24 @@ def test_a_stream_trains_as_the_same_samples_in_order(mode, column, tmp_path):
         assert ours.state.global_step == 5  # into a second epoch
         ends.append(parameters_of(ours.model))
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_goes_on_where_it_was(accumulation, tmp_path):
+    """Eight steps over a stream of five batches; again from the middle of the first pass, its end, and later ones."""
+    ends, options = [], dict(count=20, max_steps=8, gradient_accumulation_steps=accumulation)
+    for start in (None, 2, 5, 6, 7):
+        ours = trainer(tmp_path, **options, save_strategy="no" if start else "steps", save_steps=1)
+        ours.train_dataset = Stream(tiny_frame(20))
+        ours.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}") if start else None)
+        assert ours.state.global_step == 8
+        ends.append(parameters_of(ours.model))
+    assert all(torch.equal(ends[0], other) for other in ends[1:])
+    ours = trainer(tmp_path, **options)
+    (tmp_path / "checkpoint-2" / "importance.safetensors").unlink()
+    ours.train_dataset = Stream(tiny_frame(20))
+    with pytest.raises(ValueError, match="checkpoint-2 has no importance.safetensors: it was written by another kind of run"):
+        ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset
 from recsys_importance.objectives import Objectives, click, columns_of, cross_entropy, relevance
 from recsys_importance.selective import samples_of, selective_backward
-from recsys_importance.trainer import ImportanceTrainer
+from recsys_importance.trainer import EpochSampler, ImportanceTrainer
 from recsys_importance.training import TrainingSettings, fine_tune
 
 HALF = Weighting(exponent=0, threshold=0.5, threshold_on="quantile")
@@ -55,6 +55,7 @@ TRAINERS = {  # micro-batches per step, options
     "epoch": (1, dict(recompute="epoch", weighting=Weighting(clip=2))),
     "epoch, workers": (2, dict(recompute="epoch", weighting=Weighting(clip=2), workers=1)),
     "weight column": (2, dict(recompute="step", weighting=Weighting(clip=2), given=GIVEN)),
+    "never, a step of weight 0": (1, dict(recompute="never", weights="first step")),
     "all learned but a half": (1, dict(recompute="forward", weighting=HALF, learned=8)),
     "all learned": (2, dict(recompute="forward", weighting=HALF, learned=16)),
     "step": (2, dict(recompute="step", weighting=Weighting(exponent=1, clip=1.5))),
@@ -122,6 +123,9 @@ def trained(
     columns |= {} if given is None else {"weight": given}
     loss = learned_up_to(learned) if learned else loss
     dataset = PairDataset(frame, **columns)
+    if weights == "first step":  # of 8 samples: those of the second weigh nothing
+        first = list(EpochSampler(16, seed=3, batch=8, lengths=dataset.lengths()))[:8]
+        weights = [2.0 * (row in first) for row in range(16)]
     options = options | ({} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64).numpy()})
     options |= {"head": ImportanceHead(pair.model)} if options.get("head") else {}
     ours = ImportanceTrainer(
