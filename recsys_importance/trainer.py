@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 import zipfile
 from collections import deque
@@ -113,10 +112,13 @@ class _Rows(Dataset):
 
 
 class _Columns:
-    """A collator that does not see the samples' row numbers and weights; both come with the batch, as (B,) int64 and (B,) float32."""
+    """A collator that does not see the samples' row numbers and weights; both come with the batch, as (B,) int64 and (B,) float32.
 
-    def __init__(self, collate: Callable[[list], dict]):
-        self.collate = collate
+    by_row: whether weights are looked up by the row numbers.
+    """
+
+    def __init__(self, collate: Callable[[list], dict], *, by_row: bool):
+        self.collate, self.by_row = collate, by_row
 
     def __call__(self, samples: list) -> dict:
         extra = {}
@@ -132,9 +134,20 @@ class _Columns:
         batch = self.collate(samples)
         if not isinstance(batch, Mapping):
             raise ValueError(f"the collator returned {type(batch).__name__}, expected a dict of tensors and lists, one entry per sample")
+        if self.by_row or given:
+            _check_order(samples, batch)
         batch = batch if isinstance(batch, MutableMapping) else dict(batch)
         batch.update(extra)
         return batch
+
+
+def _check_order(samples: list, batch: Mapping) -> None:
+    """Raise ValueError if the batch's sample_id, where samples and batch have one, are not the samples'."""
+    if "sample_id" not in batch or not all(isinstance(sample, Mapping) and "sample_id" in sample for sample in samples):
+        return
+    found = [str(name.item() if torch.is_tensor(name) else name) for name in batch["sample_id"]]
+    if found != [str(sample["sample_id"]) for sample in samples]:
+        raise ValueError("the collator lost samples or changed their order, so that weights cannot find theirs; let it keep both")
 
 
 def _number(value) -> float:
@@ -213,7 +226,8 @@ class _Loading(Trainer):
             self.train_dataset = dataset
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
-        return _Columns(super()._get_collator_with_removed_columns(data_collator, description))
+        by_row = self.weights is not None or self.recompute == "epoch"
+        return _Columns(super()._get_collator_with_removed_columns(data_collator, description), by_row=by_row)
 
     def _remove_unused_columns(self, dataset, description=None):
         dataset = super()._remove_unused_columns(dataset, description)
@@ -948,25 +962,24 @@ class ImportanceTrainer(_Ways):
         def with_names(items: list[dict]) -> dict:
             batch = collate([item["sample"] for item in items])
             batch.pop(_GIVEN, None)
-            return dict(batch) | {"sample_id": [item["sample_id"] for item in items]}
+            ids = [x.item() if torch.is_tensor(x) else x for x in batch["sample_id"]] if named else [item["sample_id"] for item in items]
+            return dict(batch) | {"sample_id": list(map(str, ids))}
 
         def without_names(model, batch: dict) -> torch.Tensor:
             batch = batch if named else {name: value for name, value in batch.items() if name != "sample_id"}
             with self._naming_columns([batch]):
                 return self.loss(model, batch)
 
-        with tempfile.TemporaryDirectory() as folder:
-            norms = score_dataset(
-                self.model,
-                without_names,
-                _Named(dataset, range(rank, len(dataset), ranks)),
-                with_names,
-                folder,
-                parameters=self.parameters,
-                by_sample=self.by_sample,
-                batch_size=self.args.per_device_train_batch_size,
-                progress=False,
-            )["score"].to_numpy()
+        norms = score_dataset(
+            self.model,
+            without_names,
+            _Named(dataset, range(rank, len(dataset), ranks)),
+            with_names,
+            parameters=self.parameters,
+            by_sample=self.by_sample,
+            batch_size=self.args.per_device_train_batch_size,
+            progress=False,
+        )["score"].to_numpy()
         if ranks > 1:
             shares = [None] * ranks
             torch.distributed.all_gather_object(shares, norms)

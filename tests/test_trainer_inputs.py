@@ -532,6 +532,18 @@ def test_a_collator_that_loses_samples_is_refused_where_weights_belong_to_them(c
         hugging_face(tmp_path, samples, recompute="never", data_collator=collate).train()
 
 
+@pytest.mark.parametrize("options", [dict(recompute="never", weights=np.ones(8)), dict(recompute="epoch"), dict(weight=np.ones(8))])
+def test_a_collator_that_sorts_samples_is_refused_where_weights_belong_to_them(options, tmp_path):
+    columns = {"weight": options.pop("weight")} if "weight" in options else {}
+    ours = trainer(tmp_path, count=8, **options)
+    ours.train_dataset, collate = PairDataset(tiny_frame(8), **columns), ours.data_collator
+    ours.data_collator = lambda samples: collate(samples[::-1])
+    with pytest.raises(ValueError, match="the collator lost samples or changed their order, so that weights cannot find theirs"):
+        ours.train()
+    assert ours.state.global_step == 0
+    trainer(tmp_path, count=8).train()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
