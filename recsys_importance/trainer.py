@@ -572,6 +572,8 @@ def _check_choices(loss, weighting: Weighting, recompute: str, weights, balance:
 
 def _checked_weights(weights, rows: int) -> np.ndarray:
     """Final weights (N,) as float64; ValueError unless they are finite, 0 or more, one per row and of mean 1."""
+    if hasattr(weights, "iloc") and weights.index.tolist() != list(range(rows)):
+        raise ValueError("weights are taken in the order of the rows, and these have an index of their own; give them as an array")
     weights = np.asarray(weights, dtype=np.float64)
     if weights.shape != (rows,):
         shape = len(weights) if weights.ndim == 1 else f"shape {weights.shape}"
@@ -938,7 +940,7 @@ class ImportanceTrainer(_Ways):
         _check_rate(final_rate, self.args, given.get("optimizers", (None, None)))
         _check_data(self.train_dataset, recompute, weights, lengths)
         if weights is not None:
-            weights = _checked_weights(weights, len(self.train_dataset))
+            weights = _checked_weights(weights, 0 if self.train_dataset is None else len(self.train_dataset))
             if "weight" in (getattr(self.train_dataset, "column_names", None) or ()):
                 raise ValueError("the samples have a 'weight', and weights= are given; leave one of them out")
         self.loss, self.weighting, self.recompute, self.balance = loss, weighting, recompute, balance

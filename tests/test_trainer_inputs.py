@@ -6,6 +6,7 @@ import multiprocessing
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_trainer import TASKS, TWO, arguments, clicked_frame, exact_scores, less_rubbish, logs_of, orders, parameters_of, trainer  # noqa: F401
@@ -480,6 +481,10 @@ def test_a_column_that_the_loss_misses_is_named_with_the_collator(name, mode, tm
         (np.r_[np.ones(10), np.nan, np.inf], "2 of 12 are not, the first that of row 10: nan"),
         (np.zeros(12), "all weights are 0, so that nothing would be trained"),
         (np.full(12, 2.0), "weights must have mean 1, which keeps the size of a step, got mean 2; divide them by it"),
+        (
+            pd.Series(np.ones(12), index=range(12, 0, -1)),
+            "weights are taken in the order of the rows, and these have an index of their own",
+        ),
         (np.ones(11), "expected one weight per training sample, got 11 for 12"),
         (np.ones((12, 1)), r"expected one weight per training sample, got shape \(12, 1\) for 12"),
     ],
