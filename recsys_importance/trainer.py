@@ -24,6 +24,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils.memory import clear_device_cache
+from filelock import FileLock, Timeout
 from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
@@ -487,6 +488,39 @@ def _check_foreign(folder: Path, own: set[str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """Hold the folder against every other process. The system frees what a process held, however it ended. Raises ValueError if another
+    process holds it."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is at work in {folder}; wait until it has ended, or choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _together(rank: int, ranks: int, action: Callable):
+    """What the action returns, done by the first process and then by the others; an error of one of them is raised on all."""
+    outcome = failure = None
+    for first in (True, False):
+        if (rank == 0) is first:
+            try:
+                outcome = action()
+            except (ValueError, OSError) as error:
+                failure = error
+        if ranks > 1:
+            failures = [None] * ranks
+            torch.distributed.all_gather_object(failures, failure)
+            failure = failure or next((error for error in failures if error is not None), None)
+        if failure is not None:
+            raise failure
+    return outcome
+
+
 class _Keeping(_Run):
     """A run that writes over and removes only the checkpoints that it wrote."""
 
@@ -500,10 +534,21 @@ class _Keeping(_Run):
             lack = _lack(Path(resume_from_checkpoint), len(list(Path(resume_from_checkpoint).glob("rng_state*.pth"))))
             if lack:
                 raise ValueError(f"training cannot go on from {resume_from_checkpoint} ({lack}); choose another, or begin anew")
-        if self.args.save_strategy != "no" and self.hp_search_backend is None:
-            inside = bool(resume_from_checkpoint) and Path(resume_from_checkpoint).resolve().parent == folder.resolve()
-            _check_foreign(folder, _recorded(folder) if inside else self.written)
-        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **kwargs)
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        with contextlib.ExitStack() as stack:
+            if self.args.save_strategy != "no" and self.hp_search_backend is None:
+                inside = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+                _together(self.args.process_index, self.args.world_size, lambda: self._hold(folder, inside, stack))
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _hold(self, folder: Path, inside: bool, stack: contextlib.ExitStack) -> None:
+        """Check that the folder is this run's to write to, and on the first process lock it until the stack is closed."""
+        own = _recorded(folder) if inside else self.written
+        _check_foreign(folder, own)
+        if self.args.process_index == 0 and not self.holds:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            _check_foreign(folder, own)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial))
@@ -901,7 +946,7 @@ class ImportanceTrainer(_Ways):
     did not write are neither written over nor removed.
     Raises ValueError for what cannot keep samples apart (DataParallel, DeepSpeed, FSDP, torch.compile), for fp16 without a GPU, for
     arguments of the Trainer that would be ignored, for weights or a data set that do not fit, and for an output_dir with checkpoints of
-    another run.
+    another run, or in which another process trains.
     Source: article A, sections 3.1, 3.2 (steps 2 and 3) and 4.2.
     """
 
@@ -950,6 +995,7 @@ class ImportanceTrainer(_Ways):
         self.window: deque[Step] = deque(maxlen=10_000)  # the steps since the last log
         self.head_losses: deque[float] = deque(maxlen=10_000)  # L_i of these steps
         self.place = [0, 0]  # passes over the data set, and batches of the one at hand
+        self.holds = False  # whether the caller has locked the folder
         self.sampler, self.written, self.has_given, self.idle, self._said = None, set(), None, False, False
         self._recorder, self._micro_batches = _Recorder(loss, self.compute_loss_context_manager), []
         self.add_callback(_EachEpoch(self))

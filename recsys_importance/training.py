@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -39,8 +38,10 @@ from recsys_importance.trainer import (
     _check_foreign,
     _checkpoints,
     _lack,
+    _locked,
     _number_of,
     _recorded,
+    _together,
     last_checkpoint,
     track,
 )
@@ -244,39 +245,6 @@ def _claim(folder: Path, identity: dict) -> None:
     os.replace(temporary, path)
 
 # %% ../nbs/30_training.ipynb #adec79fd
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """Hold the folder against every other process. The system frees what a process held, however it ended. Raises ValueError if another
-    process holds it."""
-    lock = FileLock(folder / "run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}; wait until it has ended, or choose another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _together(rank: int, ranks: int, action: Callable):
-    """What the action returns, done by the first process and then by the others; an error of one of them is raised on all."""
-    outcome = failure = None
-    for first in (True, False):
-        if (rank == 0) is first:
-            try:
-                outcome = action()
-            except (ValueError, OSError) as error:
-                failure = error
-        if ranks > 1:
-            failures = [None] * ranks
-            torch.distributed.all_gather_object(failures, failure)
-            failure = failure or next((error for error in failures if error is not None), None)
-        if failure is not None:
-            raise failure
-    return outcome
-
-
 def _ready(folder: Path, identity: dict | None, size: int, rank: int, ranks: int, stack: contextlib.ExitStack) -> Path | None:
     """Check the folder and return the checkpoint to go on from, or None to start anew. The first of the processes that share a run holds
     the folder until the stack is closed, claims it for the run of this identity, and removes what that run left half-written."""
@@ -427,6 +395,7 @@ def fine_tune(
             callbacks=[EarlyStoppingCallback(settings.patience), _LogWithEvaluation(), _Progress(description, settings.metric)],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.holds = keeps  # the folder is locked above
         track(trainer, settings.tracking)
         if settings.lora_rank:  # when nothing is left to refuse
             add_lora(pair, settings.lora_rank, seed=settings.seed)

@@ -659,7 +659,7 @@ def test_what_is_half_written_is_passed_over_and_stays(name, fault, copied):
     (copied / "checkpoint-1" / "notes.txt").write_text("mine")
     with pytest.warns(UserWarning, match="passed over and left as it is"):
         assert last_checkpoint(copied) is None
-    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json"]
+    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json", "run.lock"]
     assert {name for name in before if name.startswith(("checkpoint-2", "checkpoint-3"))} <= tree(copied).keys()
 
 
@@ -759,6 +759,21 @@ def test_a_folder_of_an_earlier_run_is_for_going_on_or_refused(saved, copied):
     ours = trainer(copied / "below", **options)
     ours.train()
     ours.train()  # the same run once more may write over its own
+
+
+def test_two_trainers_do_not_write_to_one_folder_at_a_time(tmp_path):
+    refused = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match=f"another process is at work in {tmp_path}; wait until it has ended, or choose another"):
+                trainer(tmp_path, count=12, save_strategy="epoch").train()
+            refused.append(state.global_step)
+
+    ours = trainer(tmp_path, count=12, save_strategy="epoch")
+    ours.add_callback(Second())
+    ours.train()
+    assert refused == [1, 2, 3] and last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
 
 
 @pytest.mark.parametrize("best", [False, True])
