@@ -5,6 +5,7 @@
 # %% ../nbs/26_selective.ipynb #34ccdd2b
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,6 +60,14 @@ class SelectiveBackward(NamedTuple):
     losses: torch.Tensor
 
 
+def _weights(weighting: Weighting, scores, progress: float = 1.0):
+    """weighting(scores), (N,). Where every score is 0, nothing is left to learn or to compare: uniform before annealing, 0 after it."""
+    if (scores == 0).all():
+        uniform = 1 - weighting.share(progress)
+        return scores * 0 + (uniform if weighting.normalisation == "mean" else uniform / len(scores))
+    return weighting(scores, progress=progress)
+
+
 def selective_backward(
     model: torch.nn.Module,
     loss: Loss,
@@ -74,7 +83,8 @@ def selective_backward(
     model: any module, in the mode it is in for the training pass; wrapped in DistributedDataParallel, scores are weighted over all ranks.
     loss: (model, batch) -> (B,) per-sample losses. batch: tensors and lists with B entries each. score: (model, loss, batch) -> (B,) from a
     forward pass; an importance head's `scores` fits. progress: fraction of training done, for annealing; while all weights are above 0
-    nothing is saved. scaler: of fp16 training; the gradient is left scaled.
+    nothing is saved. scaler: of fp16 training; the gradient is left scaled. Where every score of all ranks is 0 and annealing is through,
+    all weights are 0, no sample trains and .grad is not touched; a warning says so.
     Raises ValueError if a score or loss is not finite, or as `Weighting`.
     Source: article A, sections 3.1 and 3.2; Jiang et al. (2019).
     """
@@ -82,7 +92,11 @@ def selective_backward(
     scores = score(inside, loss, batch)
     check_norms(scores, batch)
     everyones, own = _gathered(scores, ranks)
-    weights = weighting(everyones, progress=progress)[own]
+    weights = _weights(weighting, everyones, progress)
+    if not weights.any():
+        warnings.warn("every score of the step is 0, so nothing is trained", stacklevel=2)
+        return SelectiveBackward(scores, weights[own], torch.empty(0, dtype=torch.int64, device=scores.device), scores.new_zeros(0))
+    weights = weights[own]
     kept = weights.nonzero().flatten()
     if not len(kept):  # only on one of several ranks: all have to take part in the step
         kept = scores.argmax()[None]

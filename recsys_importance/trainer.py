@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
 import shutil
 import sys
-import tempfile
+import warnings
 import zipfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -22,7 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from torch.utils.data import Dataset, Sampler, Subset
+from accelerate.utils.memory import clear_device_cache
+from filelock import FileLock, Timeout
+from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -32,9 +35,9 @@ from .gradients import _gathered, _ranks, gradient_norms, weighted_backward
 from .head import ImportanceHead
 from .importance import Weighting, effective_sample_size
 from .objectives import Objectives
-from .reference import Loss, batch_size_of
+from .reference import Loss, batch_size_of, check_norms
 from .scoring import score_dataset
-from .selective import fast_bfloat16, forward_scores, selective_backward
+from .selective import _weights, fast_bfloat16, forward_scores, selective_backward
 
 # %% auto #0
 __all__ = ['RECOMPUTE', 'Step', 'EpochSampler', 'last_checkpoint', 'ImportanceTrainer', 'track']
@@ -79,19 +82,98 @@ class EpochSampler(Sampler):
         return iter(get_length_grouped_indices(list(self.lengths), self.batch, generator=generator))
 
 # %% ../nbs/29_trainer.ipynb #a8e536f5
-class _Weighted(Dataset):
-    """A data set whose samples carry their final weight, which may change between epochs."""
+_ROW, _GIVEN = "importance_row", "importance_given"  # a batch's columns for the trainer, taken out before the loss sees it
 
-    def __init__(self, dataset, weights: np.ndarray):
-        self.dataset, self.weights = dataset, weights
+
+class _Sample(NamedTuple):
+    row: int
+    sample: object
+
+
+class _Rows(Dataset):
+    """A data set whose samples come with their row numbers, by which the main process looks up what changes between epochs: workers hold
+    a copy of the data set, persistent ones for the whole run."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> dict:
-        return self.dataset[row] | {"weight": self.weights[row]}
+    def __getitem__(self, row: int) -> _Sample:
+        return _Sample(row, self.dataset[row])
+
+    def __getitems__(self, rows: list[int]) -> list[_Sample]:
+        many = getattr(self.dataset, "__getitems__", None)
+        return [*map(_Sample, rows, many(rows) if many else [self.dataset[row] for row in rows])]
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
+class _Columns:
+    """A collator that does not see the samples' row numbers and weights; both come with the batch, as (B,) int64 and (B,) float32.
+
+    by_row: whether weights are looked up by the row numbers.
+    """
+
+    def __init__(self, collate: Callable[[list], dict], *, by_row: bool):
+        self.collate, self.by_row = collate, by_row
+
+    def __call__(self, samples: list) -> dict:
+        extra = {}
+        if samples and isinstance(samples[0], _Sample):
+            rows, samples = zip(*samples, strict=True)
+            extra[_ROW], samples = torch.tensor(rows), list(samples)
+        given = [_number(sample["weight"]) for sample in samples if isinstance(sample, Mapping) and "weight" in sample]
+        if given:
+            if len(given) < len(samples):
+                raise ValueError(f"{len(given)} of {len(samples)} samples of a batch have a 'weight'; give every sample one, or none")
+            samples = [{name: value for name, value in sample.items() if name != "weight"} for sample in samples]
+            extra[_GIVEN] = torch.tensor(given)
+        batch = self.collate(samples)
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"the collator returned {type(batch).__name__}, expected a dict of tensors and lists, one entry per sample")
+        if self.by_row or given:
+            _check_order(samples, batch)
+        batch = batch if isinstance(batch, MutableMapping) else dict(batch)
+        batch.update(extra)
+        return batch
+
+
+def _check_order(samples: list, batch: Mapping) -> None:
+    """Raise ValueError if the batch's sample_id, where samples and batch have one, are not the samples'."""
+    if "sample_id" not in batch or not all(isinstance(sample, Mapping) and "sample_id" in sample for sample in samples):
+        return
+    found = [str(name.item() if torch.is_tensor(name) else name) for name in batch["sample_id"]]
+    if found != [str(sample["sample_id"]) for sample in samples]:
+        raise ValueError("the collator lost samples or changed their order, so that weights cannot find theirs; let it keep both")
+
+
+def _number(value) -> float:
+    """The value as a float, NaN where it is not one number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+class _Named(Dataset):
+    """The samples at these rows for `score_dataset`: each with its own sample_id, or its row number for one."""
+
+    def __init__(self, dataset, rows: range):
+        self.dataset, self.rows = dataset, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict:
+        sample = self.dataset[self.rows[place]]
+        own = sample.get("sample_id") if isinstance(sample, Mapping) else None
+        return {"sample_id": str(self.rows[place] if own is None else own), "sample": sample}
+
+# %% ../nbs/29_trainer.ipynb #08c8d80b
 class _Recorder:
     """A loss in the run's precision that adds up each objective on the way, for the log."""
 
@@ -129,6 +211,81 @@ class _Recorder:
         """Mean loss of each objective over the samples that have its label, unweighted."""
         return {name: s / n for name, s, n in zip(self.names, *totals.tolist(), strict=True) if n > 0}
 
+# %% ../nbs/29_trainer.ipynb #14b85fa8
+class _Loading(Trainer):
+    """What a batch brings with it, and the order of samples."""
+
+    def get_train_dataloader(self):
+        dataset = self.train_dataset
+        self._check_state(dataset)
+        if _is_indexed(dataset):
+            self._check_dataset(dataset)
+            self.train_dataset = _Rows(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        by_row = self.weights is not None or self.recompute == "epoch"
+        return _Columns(super()._get_collator_with_removed_columns(data_collator, description), by_row=by_row)
+
+    def _remove_unused_columns(self, dataset, description=None):
+        dataset = super()._remove_unused_columns(dataset, description)
+        return dataset.remove_columns("weight") if "weight" in dataset.column_names else dataset
+
+    def _check_dataset(self, dataset) -> None:
+        """Raise ValueError for weights that do not fit."""
+        if self.weights is not None and len(self.weights) != len(dataset):
+            raise ValueError(f"expected one weight per training sample, got {len(self.weights)} for {len(dataset)}")
+        if "weight" in (getattr(dataset, "column_names", None) or ()):  # datasets.Dataset, where all can be seen at once
+            column = torch.tensor([_number(value) for value in dataset.with_format(None)["weight"]], dtype=torch.float64)
+            _check_given(column, {})
+            if not column.any():
+                raise ValueError("every value of the column 'weight' is 0, so that nothing would be trained; remove the column")
+
+    def _check_state(self, dataset) -> None:
+        """Raise ValueError for a state of the data set that persistent workers would not see; that of datasets is in shared memory."""
+        shared = type(dataset).__module__.partition(".")[0] == "datasets"
+        if self.args.dataloader_persistent_workers and hasattr(dataset, "set_epoch") and not shared:
+            raise ValueError(
+                "persistent workers hold a copy of the data set, which set_epoch does not reach; set dataloader_persistent_workers=False"
+            )
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset, strategy = self.train_dataset, getattr(self.args, "train_sampling_strategy", "random")
+        if not hasattr(dataset, "__len__"):
+            return None
+        if strategy == "sequential":
+            return SequentialSampler(range(len(dataset)))
+        lengths = self.lengths
+        if strategy == "group_by_length" and lengths is None:
+            source = dataset.dataset if isinstance(dataset, _Rows) else dataset
+            name = self.args.length_column_name
+            if name not in (getattr(source, "column_names", None) or ()):
+                raise ValueError(f"grouping by length needs lengths=, one per training sample, or a datasets.Dataset with column {name!r}")
+            lengths = list(source.with_format(None)[name])
+        if lengths is not None and len(lengths) != len(dataset):
+            raise ValueError(f"expected one length per training sample, got {len(lengths)} for {len(dataset)}")
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        self.sampler = EpochSampler(len(dataset), seed=seed, batch=batch, lengths=lengths)
+        return self.sampler
+
+
+def _is_indexed(dataset) -> bool:
+    return not isinstance(dataset, IterableDataset) and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _check_given(given: torch.Tensor, batch: dict) -> None:
+    """Raise ValueError naming the first sample whose given weight is not a finite number, 0 or more."""
+    bad = (~(torch.isfinite(given) & (given >= 0))).nonzero().flatten().tolist()
+    if bad:
+        name = f"sample {batch['sample_id'][bad[0]]!r}" if "sample_id" in batch else f"sample {bad[0]}"
+        raise ValueError(
+            f"a sample's 'weight' must be one finite number, 0 or more; {len(bad)} of {len(given)} are not, the first that of {name}"
+        )
+
 # %% ../nbs/29_trainer.ipynb #c8f0068c
 class _Exponential:
     """Fraction of the peak learning rate: a linear rise over `warm` steps, then the same factor each step, to `final_rate` at `total`."""
@@ -145,14 +302,8 @@ class _Exponential:
 _STATE = "importance.safetensors"  # beside the optimiser's state in a checkpoint
 
 
-class _Run(Trainer):
-    """Order, schedule, evaluation, log and checkpoints of an importance run."""
-
-    def _get_train_sampler(self, train_dataset=None):
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self.sampler = EpochSampler(len(self.train_dataset), seed=seed, batch=batch, lengths=self.lengths)
-        return self.sampler
+class _Run(_Loading):
+    """Schedule, evaluation, log and checkpoints of an importance run."""
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.final_rate is None or self.lr_scheduler is not None:
@@ -165,10 +316,17 @@ class _Run(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         if self.validate is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if eval_dataset is not None:
+            raise ValueError("validate, a function of the model, is what this trainer evaluates; call it, or leave eval_dataset out")
+        if hasattr(self.optimizer, "eval"):  # an optimiser without a schedule swaps the weights it evaluates in
+            self.optimizer.eval()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate(self.model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args, **kwargs):
+        raise ValueError("a loss gives no predictions; run the model on the batches, as models.predict does for a pair model")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The log with each objective's mean, the effective sample size and the balance since the last log, over all ranks."""
@@ -182,9 +340,9 @@ class _Run(Trainer):
         extra["largest_weight"] = float(weights.max())
         if self.head_losses:
             extra["loss/importance"] = float(np.mean(self.head_losses))
-        if self.window[-1].coefficients is not None:
-            means = torch.stack([step.coefficients for step in self.window]).mean(0)
-            extra |= {f"coefficient/{name}": float(value) for name, value in zip(self.loss.names, means, strict=True)}
+        found = [step.coefficients for step in self.window if step.coefficients is not None]
+        if found:
+            extra |= {f"coefficient/{name}": float(value) for name, value in zip(self.loss.names, torch.stack(found).mean(0), strict=True)}
         super().log(logs | extra, start_time)
         self.window.clear()
         self.head_losses.clear()
@@ -195,63 +353,253 @@ class _Run(Trainer):
         best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
         if resume_from_checkpoint is not None and best.is_dir():
             self.state.best_model_checkpoint = str(best)  # the folder may have been moved
+        if resume_from_checkpoint is not None and not _is_indexed(self.train_dataset):  # Hugging Face takes it for one endless epoch
+            self.place = _kept_in(resume_from_checkpoint, "stream")["stream"].tolist()
+            done = self.place[0], 0 if self.args.ignore_data_skip else self.place[1]
         stopped = resume_from_checkpoint is not None and self.control.should_training_stop
         return (num_train_epochs, 0) if stopped else done  # what had stopped early does not go on
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
         state = {f"head.{name}": value.contiguous() for name, value in (self.head.state_dict() if self.head else {}).items()}
-        if isinstance(self.train_dataset, _Weighted):
-            state["weights"] = torch.from_numpy(self.train_dataset.weights)
+        if self.weights is not None:
+            state["weights"] = torch.from_numpy(self.weights)
+        if not _is_indexed(self.train_dataset):
+            state["stream"] = torch.tensor(self.place)
         if state and self.args.should_save:
             safetensors.torch.save_file(state, Path(output_dir, _STATE))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or (self.head is None and not isinstance(self.train_dataset, _Weighted)):
+        if checkpoint is None or self.recompute in ("step", "forward") and self.head is None:
             return
-        path = Path(checkpoint, _STATE)
-        if not path.exists():
-            raise ValueError(f"{checkpoint} has no {_STATE}: it was written by another kind of run, which cannot go on as this one")
-        state = safetensors.torch.load_file(path)
-        if isinstance(self.train_dataset, _Weighted):
-            self.train_dataset.weights = state.pop("weights").numpy()
+        needed = self.recompute == "epoch" or self.weights is not None
+        state = _kept_in(checkpoint, *["weights"] * needed, *["head.moments"] * (self.head is not None))
+        kept = state.get("weights")
+        if self.recompute == "epoch":
+            self.weights = kept.numpy()
+        elif self.recompute == "never" and not np.array_equal([] if kept is None else kept, [] if self.weights is None else self.weights):
+            raise ValueError(f"{checkpoint} was written by a run of other weights than are given now; give the same, or begin anew")
         if self.head is not None:
-            self.head.load_state_dict({name.removeprefix("head."): value for name, value in state.items()})
+            head = {name.removeprefix("head."): value for name, value in state.items() if name.startswith("head.")}
+            self.head.load_state_dict(head)
+
+
+def _kept_in(checkpoint: str | Path, *names: str) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps for importance, among it these names, or ValueError."""
+    path = Path(checkpoint, _STATE)
+    state = safetensors.torch.load_file(path) if path.exists() else {}
+    if not state.keys() >= set(names):
+        raise ValueError(f"{checkpoint} has no {_STATE}: it was written by another kind of run, which cannot go on as this one")
+    return state
 
 # %% ../nbs/29_trainer.ipynb #ef1ac1c6
 def last_checkpoint(folder: str | Path, *, ranks: int = 1) -> Path | None:
-    """The newest complete checkpoint in a folder, or None; what an interrupted process left half-written is deleted.
+    """The newest checkpoint in a folder from which training can go on, or None. It deletes nothing; a warning names newer ones passed over.
 
-    Complete: model, optimiser, schedule, the random state of each of `ranks` processes, and the trainer's state, which is written last.
+    It has: a model (in one file or in shards, whole or adapters), optimiser, schedule, the random state of each of `ranks` processes, and
+    the trainer's state, which is written last.
     """
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for newest in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if _is_complete(newest, ranks):
-            return newest
-        shutil.rmtree(newest)
-    return None
+    passed = {}
+    for newest in sorted(_checkpoints(Path(folder)), key=_number_of, reverse=True):
+        passed[newest.name] = _lack(newest, ranks)
+        if not passed[newest.name]:
+            break
+    else:
+        newest = None
+    reasons = [f"{name} ({lack})" for name, lack in passed.items() if lack]
+    if reasons:
+        warnings.warn(f"training cannot go on from {', '.join(reasons)} in {folder}; passed over and left as it is", stacklevel=2)
+    return newest
 
 
-def _is_complete(checkpoint: Path, ranks: int) -> bool:
-    states = list(checkpoint.glob("rng_state*.pth"))
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal() and path.is_dir()]
+
+
+def _number_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _lack(checkpoint: Path, ranks: int) -> str:
+    """What keeps training from going on there, in words; "" if nothing does."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        with safetensors.safe_open(checkpoint / "model.safetensors", "pt"):  # compares the file's length with its header
-            pass
-    except (OSError, ValueError, safetensors.SafetensorError):
-        return False
-    return len(states) == ranks and all(
-        zipfile.is_zipfile(path) for path in (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *states)
-    )
+    except (OSError, ValueError):
+        return "no complete trainer_state.json"
+    if not _has_model(checkpoint):
+        return "no complete model"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not zipfile.is_zipfile(checkpoint / name):
+            return f"no complete {name}: save_only_model leaves it out" if not (checkpoint / name).exists() else f"no complete {name}"
+    states = list(checkpoint.glob("rng_state*.pth"))
+    if len(states) != ranks or not all(map(zipfile.is_zipfile, states)):
+        return f"random states of {len(states)} processes, not of {ranks}" if len(states) != ranks else "no complete random state"
+    return ""
+
+
+def _has_model(checkpoint: Path) -> bool:
+    """Whether there is a whole model: one file, all shards of an index, or adapters."""
+    for name in ("model", "pytorch_model", "adapter_model"):
+        for ending in ("safetensors", "bin"):
+            files = [checkpoint / f"{name}.{ending}"]
+            index = checkpoint / f"{name}.{ending}.index.json"
+            try:
+                if index.exists():
+                    files = [checkpoint / shard for shard in set(json.loads(index.read_text())["weight_map"].values())]
+                for file in files:
+                    if ending == "safetensors":
+                        with safetensors.safe_open(file, "pt"):  # compares the file's length with its header
+                            pass
+                    elif not zipfile.is_zipfile(file):
+                        raise ValueError
+                return True
+            except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+                continue
+    return False
+
+# %% ../nbs/29_trainer.ipynb #afffdd08
+_RECORD = "importance_checkpoints.json"  # names of the checkpoints that the run of this folder wrote: nothing else is ever removed
+
+
+def _recorded(folder: Path) -> set[str]:
+    try:
+        return set(json.loads((folder / _RECORD).read_text()))
+    except (OSError, ValueError, TypeError):
+        return set()
+
+
+def _record(folder: Path, name: str) -> None:
+    """Note that a checkpoint of this name is about to be written by this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted({there for there in _recorded(folder) if (folder / there).exists()} | {name})
+    temporary = folder / f"{_RECORD}.tmp"
+    temporary.write_text(json.dumps(names))
+    os.replace(temporary, folder / _RECORD)
+
+
+def _check_foreign(folder: Path, own: set[str]) -> None:
+    """Raise ValueError if the folder has other checkpoints than these, which a run in it could write over or remove."""
+    foreign = [path.name for path in sorted(_checkpoints(folder), key=_number_of) if path.name not in own]
+    if foreign:
+        raise ValueError(
+            f"{folder} holds checkpoints that this run did not write ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}), "
+            "and would write over; choose another folder, or resume what they belong to"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """Hold the folder against every other process. The system frees what a process held, however it ended. Raises ValueError if another
+    process holds it."""
+    lock = FileLock(folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is at work in {folder}; wait until it has ended, or choose another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _together(rank: int, ranks: int, action: Callable):
+    """What the action returns, done by the first process and then by the others; an error of one of them is raised on all."""
+    outcome = failure = None
+    for first in (True, False):
+        if (rank == 0) is first:
+            try:
+                outcome = action()
+            except (ValueError, OSError) as error:
+                failure = error
+        if ranks > 1:
+            failures = [None] * ranks
+            torch.distributed.all_gather_object(failures, failure)
+            failure = failure or next((error for error in failures if error is not None), None)
+        if failure is not None:
+            raise failure
+    return outcome
+
+
+class _Keeping(_Run):
+    """A run that writes over and removes only the checkpoints that it wrote."""
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        folder = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(folder, ranks=self.args.world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{folder} has no checkpoint from which training can go on; leave resume_from_checkpoint out")
+        elif resume_from_checkpoint:
+            lack = _lack(Path(resume_from_checkpoint), len(list(Path(resume_from_checkpoint).glob("rng_state*.pth"))))
+            if lack:
+                raise ValueError(f"training cannot go on from {resume_from_checkpoint} ({lack}); choose another, or begin anew")
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        with contextlib.ExitStack() as stack:
+            if self.args.save_strategy != "no" and self.hp_search_backend is None:
+                inside = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+                _together(self.args.process_index, self.args.world_size, lambda: self._hold(folder, inside, stack))
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _hold(self, folder: Path, inside: bool, stack: contextlib.ExitStack) -> None:
+        """Check that the folder is this run's to write to, and on the first process lock it until the stack is closed."""
+        own = _recorded(folder) if inside else self.written
+        _check_foreign(folder, own)
+        if self.args.process_index == 0 and not self.holds:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(folder))
+            _check_foreign(folder, own)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            _record(folder, f"checkpoint-{self.state.global_step}")
+        self.written.add(f"checkpoint-{self.state.global_step}")
+        with self._without_rotation():
+            super()._save_checkpoint(model, trial)
+        limit = self.args.save_total_limit
+        if limit and limit > 0:
+            self._rotate(folder, limit)
+
+    def _finalize_training(self, trial, *args):
+        with self._without_rotation():
+            result = super()._finalize_training(trial, *args)
+        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+            self._rotate(Path(self._get_output_dir(trial)), 1, newest=False)
+        return result
+
+    @contextlib.contextmanager
+    def _without_rotation(self):
+        """Hugging Face's own removes the checkpoints of whoever wrote them."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    def _rotate(self, folder: Path, limit: int, *, newest: bool = True) -> None:
+        """Remove the oldest checkpoints of this run beyond the limit, but neither the best nor, if asked, the newest."""
+        if not self.args.should_save:
+            return
+        recorded = _recorded(folder)
+        own = [path for path in sorted(_checkpoints(folder), key=_number_of) if path.name in recorded]
+        kept = {Path(self.state.best_model_checkpoint).name} if self.state.best_model_checkpoint else set()
+        kept |= {own[-1].name} if own and newest else set()
+        removable = [path for path in own if path.name not in kept]
+        for path in removable[: max(len(own) - max(limit, len(kept)), 0)]:
+            shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/29_trainer.ipynb #60e8451f
-def _check_choices(loss, recompute: str, weights, balance: str, head, exact_every: int) -> None:
+def _check_choices(loss, weighting: Weighting, recompute: str, weights, balance: str, head, exact_every: int) -> None:
     """Raise ValueError for settings of the trainer that do not go together."""
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
+    if weighting.normalisation != "mean":
+        raise ValueError(
+            "training needs mean-1 weights, got normalisation='sum': at the same learning rate it would shrink every step N times"
+        )
     if weights is not None and recompute != "never":
         raise ValueError(f"weights are given, and recompute={recompute!r} makes its own; leave one of them out")
     if balance != "fixed" and not isinstance(loss, Objectives):
@@ -267,21 +615,338 @@ def _check_choices(loss, recompute: str, weights, balance: str, head, exact_ever
         raise ValueError(f"exact_every must be 1 or more, got {exact_every}")
 
 
-class ImportanceTrainer(_Run):
+def _checked_weights(weights, rows: int) -> np.ndarray:
+    """Final weights (N,) as float64; ValueError unless they are finite, 0 or more, one per row and of mean 1."""
+    if hasattr(weights, "iloc") and weights.index.tolist() != list(range(rows)):
+        raise ValueError("weights are taken in the order of the rows, and these have an index of their own; give them as an array")
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.shape != (rows,):
+        shape = len(weights) if weights.ndim == 1 else f"shape {weights.shape}"
+        raise ValueError(f"expected one weight per training sample, got {shape} for {rows}")
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"weights must be finite and 0 or more; {len(bad)} of {rows} are not, the first that of row {bad[0]}: {weights[bad[0]]}"
+        )
+    if not weights.any():
+        raise ValueError("all weights are 0, so that nothing would be trained")
+    if abs(weights.mean() - 1) > 1e-3:
+        raise ValueError(f"weights must have mean 1, which keeps the size of a step, got mean {weights.mean():.6g}; divide them by it")
+    return weights
+
+# %% ../nbs/29_trainer.ipynb #85121e7c
+_ARGUMENTS = {  # what Hugging Face's arguments do in a loss or a step that this trainer replaces
+    "label_smoothing_factor": "it belongs to Hugging Face's own loss; smooth the labels, or in the loss",
+    "auto_find_batch_size": "a step's weights depend on its samples; choose per_device_train_batch_size and gradient_accumulation_steps",
+    "use_liger_kernel": "its fused layers do not keep samples apart",
+    "parallelism_config": "it does not keep samples apart; start one process per GPU with torchrun (DistributedDataParallel)",
+}
+_GIVEN_TO_TRAINER = {
+    "compute_loss_func": "give loss=, a function (model, batch) -> (B,) per-sample losses",
+    "compute_metrics": "it needs predictions, which a loss does not give; use validate, a function of the model",
+    "preprocess_logits_for_metrics": "it needs predictions, which a loss does not give; use validate, a function of the model",
+}
+
+
+def _check_arguments(given: Mapping) -> None:
+    """Raise ValueError for arguments of Hugging Face's Trainer that would be ignored or break in silence."""
+    for name, way in _GIVEN_TO_TRAINER.items():
+        if given.get(name) is not None:
+            raise ValueError(f"{name} is not supported: {way}")
+    if given.get("model_init") is not None and given.get("head") is not None:
+        raise ValueError("model_init makes another model for each run, of which a head knows nothing; leave one of them out")
+    args = given.get("args")
+    if args is None:
+        return
+    for name, way in _ARGUMENTS.items():
+        if getattr(args, name, None):
+            raise ValueError(f"{name} is not supported: {way}")
+    optimiser = getattr(args.optim, "value", args.optim)
+    if "layerwise" in optimiser or optimiser in ("lomo", "adalomo"):
+        raise ValueError(f"optim={optimiser!r} is not supported: it changes parameters inside the backward pass; use adamw_torch or sgd")
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if strategy not in ("random", "sequential", "group_by_length"):
+        raise ValueError(f"train_sampling_strategy={strategy!r} is not supported; use 'random', 'sequential' or 'group_by_length'")
+    if strategy == "sequential" and given.get("lengths") is not None:
+        raise ValueError("lengths group samples of like length, train_sampling_strategy='sequential' keeps their order; leave one out")
+    if given.get("validate") is not None and (args.fp16_full_eval or args.bf16_full_eval):
+        raise ValueError("fp16_full_eval and bf16_full_eval are not supported with validate, which evaluates the model as it is")
+
+
+def _check_rate(final_rate: float | None, args, optimizers) -> None:
+    if final_rate is None:
+        return
+    if not 0 < final_rate <= 1:
+        raise ValueError(f"expected 0 < final_rate <= 1, got {final_rate}")
+    if args.lr_scheduler_type != "constant_with_warmup" or optimizers[1] is not None:
+        used = "a scheduler is given" if optimizers[1] is not None else f"lr_scheduler_type={args.lr_scheduler_type.value!r}"
+        raise ValueError(f"final_rate is a schedule of its own, and {used}; leave it out, or use lr_scheduler_type='constant_with_warmup'")
+
+
+def _check_data(dataset, recompute: str, weights, lengths) -> None:
+    """Raise ValueError for a data set without length or rows where these are needed."""
+    if dataset is None or _is_indexed(dataset):
+        return
+    for needed, what in (
+        (recompute == "epoch", "recompute='epoch' scores every row before each epoch"),
+        (weights is not None, "weights are one per row"),
+        (lengths is not None, "lengths are one per row"),
+    ):
+        if needed:
+            raise ValueError(
+                f"{what}, and a {type(dataset).__name__} has no length or no rows; use recompute='step' or 'forward', or load it as a "
+                "data set with len() and [i]"
+            )
+
+# %% ../nbs/29_trainer.ipynb #6578912e
+class _MicroBatch(NamedTuple):
+    """What training_step collects: the loss's batch, its samples' row numbers or None, and the weights they came with or None."""
+
+    batch: dict
+    rows: torch.Tensor | None
+    given: torch.Tensor | None
+
+
+class _Steps(_Keeping):
+    """The ways to a step's gradient."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        if hasattr(self.optimizer, "train"):  # an optimiser without a schedule swaps the weights it trains in
+            self.optimizer.train()
+        self._micro_batches.append(self._received(inputs))
+        self.place[1] += 1
+        if not self.accelerator.sync_gradients:  # the gradient of all micro-batches is formed with the last one
+            return torch.zeros((), device=self.args.device)
+        micro, self._micro_batches = self._micro_batches, []
+        progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+        batches = [part.batch for part in micro]
+        given = None if micro[0].given is None else torch.cat([part.given for part in micro])
+        with self._naming_columns(batches):
+            self.seen = self._step(model, batches, self._final(micro, progress), given, progress)
+        self.idle = not self._anywhere(model, self.seen.weights)
+        if self.idle:
+            self._say_idle()
+        self.window.append(self.seen)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return self.seen.loss
+
+    def _received(self, inputs: dict) -> _MicroBatch:
+        """A batch on its device, apart from what it brought for the trainer; ValueError for weights that cannot be used."""
+        batch = self._prepare_inputs(inputs)
+        rows, given = batch.pop(_ROW, None), batch.pop(_GIVEN, None)
+        for column in (None if self.weights is None else rows, given):
+            if column is not None and batch_size_of(batch) != len(column):
+                found = f"a batch of {batch_size_of(batch)} from {len(column)} samples"
+                raise ValueError(f"the collator made {found}, so that weights cannot find theirs; let it return every sample, in order")
+        if given is not None:
+            _check_given(given, batch)
+            if self.weights is not None and self.recompute == "never":
+                raise ValueError("the samples have a 'weight', and weights= are given; leave one of them out")
+        if self.has_given not in (None, given is not None):
+            raise ValueError("some batches have samples with a 'weight' and some do not; give every sample one, or none")
+        self.has_given = given is not None
+        return _MicroBatch(batch, rows, given)
+
+    def _final(self, micro: list[_MicroBatch], progress: float) -> torch.Tensor | None:
+        """Final weights of the samples, moved from 1 as far as the annealing is; None where the step makes its own."""
+        if self.recompute not in ("never", "epoch"):
+            return None
+        if self.weights is None:
+            return torch.ones(sum(batch_size_of(part.batch) for part in micro), device=self.args.device)
+        final = torch.from_numpy(self.weights[torch.cat([part.rows for part in micro]).cpu().numpy()])
+        return (1 + self.weighting.share(progress) * (final - 1)).to(self.args.device, torch.float32)
+
+    def _step(self, model, batches: list[dict], final, given, progress: float) -> Step:
+        if final is not None:
+            return self._with_weights(model, batches, final if given is None else final * given)
+        if self.recompute == "forward" and not self._is_exact_step():
+            return self._selective(model, batches, given, progress)
+        if self.balance != "fixed" or given is not None:
+            loss = self._watched(self._recorder.unrecorded)
+            norms = torch.cat([self._norms(model, loss, batch) for batch in batches])
+            self._teach(model, norms)
+            everyones, own = _gathered(norms, _ranks(model)[0])
+            weights = _weights(self.weighting, everyones, progress)[own]
+            step = self._with_weights(model, batches, weights if given is None else weights * given.to(weights))
+            return step._replace(scores=norms, exact=True)
+        found = weighted_backward(
+            model,
+            self._watched(self._recorder),
+            batches,
+            self.weighting,
+            parameters=self.parameters,
+            progress=progress,
+            by_sample=self.by_sample,
+            scaler=self.accelerator.scaler,
+        )
+        self._teach(model, found.norms)
+        return Step(found.losses, found.weights, found.norms, True, (found.weights * found.losses).mean())
+
+    def _anywhere(self, model, weights: torch.Tensor) -> bool:
+        """Whether a sample of any rank has another weight than 0."""
+        some, group = (weights != 0).any().float()[None], _ranks(model)[0]
+        if group is not None:
+            torch.distributed.all_reduce(some, op=torch.distributed.ReduceOp.MAX, group=group)
+        return bool(some)
+
+    def _say_idle(self) -> None:
+        if not self._said and self.state.is_world_process_zero:
+            warnings.warn(
+                f"in step {self.state.global_step} every sample weighs 0, so nothing was trained; this is said once in a run", stacklevel=2
+            )
+        self._said = True
+
+    @contextlib.contextmanager
+    def _naming_columns(self, batches: list[dict]):
+        """A column that the loss looks for in vain is one clear error."""
+        try:
+            yield
+        except KeyError as error:
+            name = error.args[0] if error.args else None
+            if not isinstance(name, str) or any(name in batch for batch in batches):
+                raise
+            way = "let the collator pass it on"
+            if self.args.remove_unused_columns:
+                way += ", and set remove_unused_columns=False, which keeps columns that the model's forward does not take"
+            if name == "weight":
+                way = "the trainer takes it out of the samples and multiplies their losses by it; leave it out of the loss"
+            what = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
+            columns = ", ".join(map(str, batches[0]))
+            raise ValueError(f"the loss found no {name!r} in a batch of the collator {what}, which has {columns}; {way}") from error
+
+# %% ../nbs/29_trainer.ipynb #7b75b497
+class _Ways(_Steps):
+    """A step's gradient from weights that are known, and from a forward pass that filters."""
+
+    def _is_exact_step(self) -> bool:
+        step = self.state.global_step
+        return self.head is not None and (step < self.exact_every or step % self.exact_every == 0)
+
+    def _norms(self, model, loss: Loss, batch: dict) -> torch.Tensor:
+        return gradient_norms(_ranks(model)[1], loss, batch, parameters=self.parameters, by_sample=self.by_sample)
+
+    def _watched(self, loss: Loss) -> Loss:
+        return loss if self.head is None else self.head.watch(loss)
+
+    def _teach(self, model, norms: torch.Tensor) -> None:
+        """Let the head learn from this step's exact norms; after an overflow in fp16, which the optimiser skips too, there are none."""
+        group = _ranks(model)[0]
+        if self.head is None or not torch.isfinite(_gathered(norms, group)[0]).all():
+            return
+        self._recorder.paused = True
+        self.head_losses.append(self.head.learn(norms, group=group))
+        self._recorder.paused = False
+
+    def _with_weights(self, model, batches: list[dict], weights: torch.Tensor) -> Step:
+        """The step of the mean of w_i l_i over all micro-batches, plain or balanced; no gradient where all weights of all ranks are 0."""
+        idle = not self._anywhere(model, weights)
+        if self.balance != "fixed" and not idle:
+            scaler = self.accelerator.scaler
+            found = balanced_backward(model, self._recorder, batches, self.balance, sample_weights=weights, scaler=scaler)
+            losses = found.losses @ found.coefficients.to(found.losses)
+            return Step(losses, weights, None, False, (weights * losses).mean(), found.coefficients)
+        total, seen, parts = 0.0, [], weights.split([batch_size_of(batch) for batch in batches])
+        for place, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            last = idle or place == len(batches) - 1
+            with torch.no_grad() if idle else contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                losses = self._recorder(model, batch)
+                self._check_losses(losses, batch)
+                value = (part * losses).sum() / len(weights)
+                if not idle:
+                    self.accelerator.backward(value)
+            seen.append(losses.detach())
+            total = total + value.detach()
+        return Step(torch.cat(seen), weights, None, False, total)
+
+    def _selective(self, model, batches: list[dict], given, progress: float) -> Step:
+        """The step of the samples that a forward-only score keeps; each micro-batch is filtered on its own, and one without any is left
+        out, on all ranks alike."""
+        sizes = [batch_size_of(batch) for batch in batches]
+        count, parts = sum(sizes), [None] * len(sizes) if given is None else given.split(sizes)
+        scores, weights = zip(*(self._forward_weights(model, batch, progress) for batch in batches), strict=True)
+        live = [self._anywhere(model, own) for own in weights]
+        last, total, losses, final = max([k for k, some in enumerate(live) if some], default=None), torch.zeros(()), [], []
+        for place, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+            final.append(weights[place] if part is None else weights[place] * part.to(weights[place]))
+            if not live[place]:
+                continue
+            with contextlib.nullcontext() if place == last else self.accelerator.no_sync(model):
+                kept, raw = self._kept(model, batch, part, scores[place], sizes[place] / count, progress)
+            losses.append(raw)
+            total = total.to(raw) + (final[-1][kept] * raw).sum() / count
+        return Step(torch.cat([*losses, scores[0].new_zeros(0)]), torch.cat(final), torch.cat(scores), False, total.to(scores[0].device))
+
+    def _kept(self, model, batch: dict, part, scores: torch.Tensor, share: float, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows that a micro-batch's scores keep, and their losses. share: its part of all samples; part: the weights they came with."""
+        raw = []
+
+        def scaled(model, chosen):
+            factor = chosen.pop(_GIVEN, 1.0)
+            losses = self._recorder(model, chosen)
+            raw.append(losses.detach())
+            return share * factor * losses
+
+        found = selective_backward(
+            model,
+            scaled,
+            batch if part is None else dict(batch) | {_GIVEN: part},
+            self.weighting,
+            score=lambda *_: scores,
+            progress=progress,
+            scaler=self.accelerator.scaler,
+        )
+        return found.kept, raw[-1]
+
+    def _forward_weights(self, model, batch: dict, progress: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward scores of a micro-batch, and their weights over all ranks."""
+        if self.head is None:
+            scores = forward_scores(_ranks(model)[1], self.loss, batch)
+        else:
+            device = self.args.device
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
+                scores = self.head.scores(_ranks(model)[1], self.loss, batch).float()
+        check_norms(scores, batch)
+        everyones, own = _gathered(scores, _ranks(model)[0])
+        return scores, _weights(self.weighting, everyones, progress)[own]
+
+    def _check_losses(self, losses: torch.Tensor, batch: dict) -> None:
+        if not torch.isfinite(losses).all():
+            names = batch.get("sample_id", range(len(losses)))
+            bad = [names[i] for i in (~torch.isfinite(losses)).nonzero().flatten().tolist()][:3]
+            value = losses[~torch.isfinite(losses)][0].item()
+            raise ValueError(
+                f"the loss is {value} at step {self.state.global_step} (samples {bad}); lower the learning rate or check these samples"
+            )
+
+# %% ../nbs/29_trainer.ipynb #297e1479
+class ImportanceTrainer(_Ways):
     """Hugging Face Trainer whose steps follow the gradient of mean_i(w_i l_i), w_i the importance weight of sample i.
 
-    loss: (model, batch) -> (B,) per-sample losses, or `Objectives`; the collator's batch holds what it needs, set
-    remove_unused_columns=False. weighting: article A's rule by default, annealed over the training steps.
+    loss: (model, batch) -> (B,) per-sample losses, or `Objectives`; the batch holds what the collator passes on, and with
+    remove_unused_columns (Hugging Face's default) only columns that the model's forward takes. train_dataset: with len() and [i], such as a
+    datasets.Dataset; with max_steps also an IterableDataset, where no weight belongs to a row. weighting: article A's rule by default,
+    annealed over the training steps.
     recompute: "step" weighs each step's samples by their own gradient norms, micro-batches as one and over all ranks; "forward" by a
     forward-only score, and what gets weight 0 skips the training pass; "epoch" by gradient norms of the whole data set, dropout off, taken
-    before each epoch; "never" uses `weights`. weights: (N,) final mean-1 weights of train_dataset's rows; None for uniform.
+    before each epoch; "never" uses `weights`. weights: (N,) final weights of train_dataset's rows, finite, 0 or more, mean 1; None for
+    uniform.
+    A number "weight" in every sample multiplies its loss, as given: not normalised, not annealed, and unseen by collator and loss. With
+    "never" it is w_i; else w_i is its product with the importance weight, which is taken of the loss without it. With "step" the norms
+    then cost a pass of their own. Evaluation is unweighted.
+    A step whose scores or weights are all 0 changes no parameter; a warning says so once.
     balance: how several objectives share a step, see `balance.BALANCES`; anything but "fixed" needs Objectives.
     head: an importance head of the model. It learns from the exact norms of a step's samples, and scores samples for "forward", where one
     step in `exact_every`, and every one of the first `exact_every`, is weighted by exact norms to teach it.
     validate: model -> {metric: value}, what an evaluation reports. lengths: per training sample, to put samples of like length into one
     batch. final_rate: with lr_scheduler_type "constant_with_warmup", the learning rate falls exponentially to this fraction of its peak.
-    parameters, by_sample: see `gradients.weighted_backward`. `seen`: the last step. Other arguments: see Trainer.
-    Raises ValueError for what cannot keep samples apart (DataParallel, DeepSpeed, FSDP, torch.compile) and for fp16 without a GPU.
+    parameters, by_sample: see `gradients.weighted_backward`. `seen`: the last step. Other arguments: see Trainer; checkpoints that this run
+    did not write are neither written over nor removed.
+    Raises ValueError for what cannot keep samples apart (DataParallel, DeepSpeed, FSDP, torch.compile), for fp16 without a GPU, for
+    arguments of the Trainer that would be ignored, for weights or a data set that do not fit, and for an output_dir with checkpoints of
+    another run, or in which another process trains.
     Source: article A, sections 3.1, 3.2 (steps 2 and 3) and 4.2.
     """
 
@@ -302,179 +967,81 @@ class ImportanceTrainer(_Run):
         by_sample: str | Sequence[str] = (),
         **kwargs,
     ):
+        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        _check_arguments(given | {"head": head, "validate": validate, "lengths": lengths})
         super().__init__(*args, **kwargs)
         for refused, name in (
             (self.args.n_gpu > 1, "DataParallel over several GPUs"),
             (self.is_deepspeed_enabled, "DeepSpeed"),
-            (self.is_fsdp_enabled, "FSDP"),
+            (self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False), "FSDP"),
             (self.args.torch_compile, "torch_compile"),
         ):
             if refused:
                 raise ValueError(f"{name} does not keep samples apart; start one process per GPU with torchrun (DistributedDataParallel)")
         if self.args.fp16 and not self.accelerator.native_amp:
             raise ValueError("fp16 needs a GPU; a processor would train in float32 without saying so: use bf16 or float32")
-        if self.compute_metrics is not None:
-            raise ValueError("compute_metrics needs predictions, which a loss does not give; use validate, a function of the model")
-        _check_choices(loss, recompute, weights, balance, head, exact_every)
-        self.loss, self.weighting, self.recompute, self.balance = loss, weighting or Weighting(), recompute, balance
+        weighting = weighting or Weighting()
+        _check_choices(loss, weighting, recompute, weights, balance, head, exact_every)
+        _check_rate(final_rate, self.args, given.get("optimizers", (None, None)))
+        _check_data(self.train_dataset, recompute, weights, lengths)
+        if weights is not None:
+            weights = _checked_weights(weights, 0 if self.train_dataset is None else len(self.train_dataset))
+            if "weight" in (getattr(self.train_dataset, "column_names", None) or ()):
+                raise ValueError("the samples have a 'weight', and weights= are given; leave one of them out")
+        self.loss, self.weighting, self.recompute, self.balance = loss, weighting, recompute, balance
         self.head, self.exact_every, self.validate, self.lengths = head, exact_every, validate, lengths
-        self.final_rate, self.parameters, self.by_sample = final_rate, parameters, by_sample
+        self.final_rate, self.parameters, self.by_sample, self.weights = final_rate, parameters, by_sample, weights
         self.seen: Step | None = None
         self.window: deque[Step] = deque(maxlen=10_000)  # the steps since the last log
         self.head_losses: deque[float] = deque(maxlen=10_000)  # L_i of these steps
+        self.place = [0, 0]  # passes over the data set, and batches of the one at hand
+        self.holds = False  # whether the caller has locked the folder
+        self.sampler, self.written, self.has_given, self.idle, self._said = None, set(), None, False, False
         self._recorder, self._micro_batches = _Recorder(loss, self.compute_loss_context_manager), []
-        if recompute in ("never", "epoch"):
-            rows = len(self.train_dataset)
-            if weights is not None and len(weights) != rows:
-                raise ValueError(f"expected one weight per training sample, got {len(weights)} for {rows}")
-            self.train_dataset = _Weighted(self.train_dataset, np.ones(rows) if weights is None else np.asarray(weights, dtype=np.float64))
         self.add_callback(_EachEpoch(self))
         self.model_accepts_loss_kwargs = False  # the gradient is that of a mean over the step's samples
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        model.train()
-        self._micro_batches.append(self._prepare_inputs(inputs))
-        if not self.accelerator.sync_gradients:  # the gradient of all micro-batches is formed with the last one
-            return torch.zeros((), device=self.args.device)
-        batches, self._micro_batches = self._micro_batches, []
-        progress = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
-        self.seen = self._step(model, batches, progress)
-        self.window.append(self.seen)
-        return self.seen.loss
-
-    def _step(self, model, batches: list[dict], progress: float) -> Step:
-        if self.recompute in ("never", "epoch"):
-            return self._with_weights(model, batches, self._given(batches, progress))
-        if self.recompute == "forward" and not self._is_exact_step():
-            return self._selective(model, batches, progress)
-        if self.balance != "fixed":
-            loss = self._watched(self._recorder.unrecorded)
-            norms = torch.cat([self._norms(model, loss, batch) for batch in batches])
-            self._teach(model, norms)
-            everyones, own = _gathered(norms, _ranks(model)[0])
-            step = self._with_weights(model, batches, self.weighting(everyones, progress=progress)[own])
-            return step._replace(scores=norms, exact=True)
-        found = weighted_backward(
-            model,
-            self._watched(self._recorder),
-            batches,
-            self.weighting,
-            parameters=self.parameters,
-            progress=progress,
-            by_sample=self.by_sample,
-            scaler=self.accelerator.scaler,
-        )
-        self._teach(model, found.norms)
-        return Step(found.losses, found.weights, found.norms, True, (found.weights * found.losses).mean())
-
-    def _is_exact_step(self) -> bool:
-        step = self.state.global_step
-        return self.head is not None and (step < self.exact_every or step % self.exact_every == 0)
-
-    def _given(self, batches: list[dict], progress: float) -> torch.Tensor:
-        """The samples' final weights, moved from 1 as far as the annealing is."""
-        final = torch.cat([batch.pop("weight") for batch in batches])
-        return 1 + self.weighting.share(progress) * (final - 1)
-
-    def _norms(self, model, loss: Loss, batch: dict) -> torch.Tensor:
-        return gradient_norms(_ranks(model)[1], loss, batch, parameters=self.parameters, by_sample=self.by_sample)
-
-    def _watched(self, loss: Loss) -> Loss:
-        return loss if self.head is None else self.head.watch(loss)
-
-    def _teach(self, model, norms: torch.Tensor) -> None:
-        """Let the head learn from this step's exact norms; after an overflow in fp16, which the optimiser skips too, there are none."""
-        group = _ranks(model)[0]
-        if self.head is None or not torch.isfinite(_gathered(norms, group)[0]).all():
-            return
-        self._recorder.paused = True
-        self.head_losses.append(self.head.learn(norms, group=group))
-        self._recorder.paused = False
-
-    def _with_weights(self, model, batches: list[dict], weights: torch.Tensor) -> Step:
-        """The step of the mean of w_i l_i over all micro-batches, plain or balanced."""
-        if self.balance != "fixed":
-            scaler = self.accelerator.scaler
-            found = balanced_backward(model, self._recorder, batches, self.balance, sample_weights=weights, scaler=scaler)
-            losses = found.losses @ found.coefficients.to(found.losses)
-            return Step(losses, weights, None, False, (weights * losses).mean(), found.coefficients)
-        total, seen, parts = 0.0, [], weights.split([batch_size_of(batch) for batch in batches])
-        for place, (batch, part) in enumerate(zip(batches, parts, strict=True)):
-            last = place == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                losses = self._recorder(model, batch)
-                self._check_losses(losses, batch)
-                value = (part * losses).sum() / len(weights)
-                self.accelerator.backward(value)
-            seen.append(losses.detach())
-            total = total + value.detach()
-        return Step(torch.cat(seen), weights, None, False, total)
-
-    def _selective(self, model, batches: list[dict], progress: float) -> Step:
-        """The step of the samples that a forward-only score keeps; each micro-batch is filtered on its own."""
-        seen, losses, total, sizes = [], [], 0.0, [batch_size_of(batch) for batch in batches]
-        for place, batch in enumerate(batches):
-            last, share = place == len(batches) - 1, sizes[place] / sum(sizes)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                found = selective_backward(
-                    model,
-                    lambda model, batch, share=share: share * self._recorder(model, batch),
-                    batch,
-                    self.weighting,
-                    score=self._forward_scores,
-                    progress=progress,
-                    scaler=self.accelerator.scaler,
-                )
-            seen.append(found)
-            losses.append(found.losses / share)
-            total = total + (found.weights[found.kept] * found.losses).sum() / sizes[place]
-        weights, scores = (torch.cat([getattr(found, name) for found in seen]) for name in ("weights", "scores"))
-        return Step(torch.cat(losses), weights, scores, False, total)
-
-    def _forward_scores(self, model, _, batch: dict) -> torch.Tensor:
-        if self.head is None:
-            return forward_scores(model, self.loss, batch)
-        device = self.args.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast_bfloat16(device)):
-            return self.head.scores(model, self.loss, batch).float()
-
     def score_all(self) -> None:
         """Weights of all training samples from their gradient norms now, dropout off; every rank scores its share."""
-        dataset, ranks, rank = self.train_dataset.dataset, self.args.world_size, self.args.process_index
-        mine = range(rank, len(dataset), ranks)
-        with tempfile.TemporaryDirectory() as folder:
-            norms = score_dataset(
-                self.model,
-                self.loss,
-                Subset(dataset, mine),
-                self.data_collator,
-                folder,
-                parameters=self.parameters,
-                by_sample=self.by_sample,
-                batch_size=self.args.per_device_train_batch_size,
-                progress=False,
-            )["score"].to_numpy()
+        dataset, ranks, rank = self.train_dataset, self.args.world_size, self.args.process_index
+        collate = self._get_collator_with_removed_columns(self.data_collator, "Training")
+        named = "sample_id" in collate([dataset[0]])
+
+        def with_names(items: list[dict]) -> dict:
+            batch = collate([item["sample"] for item in items])
+            batch.pop(_GIVEN, None)
+            ids = [x.item() if torch.is_tensor(x) else x for x in batch["sample_id"]] if named else [item["sample_id"] for item in items]
+            return dict(batch) | {"sample_id": list(map(str, ids))}
+
+        def without_names(model, batch: dict) -> torch.Tensor:
+            batch = batch if named else {name: value for name, value in batch.items() if name != "sample_id"}
+            with self._naming_columns([batch]):
+                return self.loss(model, batch)
+
+        norms = score_dataset(
+            self.model,
+            without_names,
+            _Named(dataset, range(rank, len(dataset), ranks)),
+            with_names,
+            parameters=self.parameters,
+            by_sample=self.by_sample,
+            batch_size=self.args.per_device_train_batch_size,
+            progress=False,
+        )["score"].to_numpy()
         if ranks > 1:
             shares = [None] * ranks
             torch.distributed.all_gather_object(shares, norms)
             norms = np.empty(len(dataset), dtype=norms.dtype)
             for place, share in enumerate(shares):
                 norms[place::ranks] = share
-        self.train_dataset.weights = np.asarray(self.weighting(norms.astype(np.float64)))
-
-    def _check_losses(self, losses: torch.Tensor, batch: dict) -> None:
-        if not torch.isfinite(losses).all():
-            names = batch.get("sample_id", range(len(losses)))
-            bad = [names[i] for i in (~torch.isfinite(losses)).nonzero().flatten().tolist()][:3]
-            value = losses[~torch.isfinite(losses)][0].item()
-            raise ValueError(
-                f"the loss is {value} at step {self.state.global_step} (samples {bad}); lower the learning rate or check these samples"
-            )
+        self.weights = np.asarray(_weights(self.weighting, norms.astype(np.float64)))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Mean loss of an evaluation's batch, unweighted; other metrics come from `validate`."""
-        with torch.no_grad():
-            return self._recorder.unrecorded(model, self._prepare_inputs(inputs)).mean(), None, None
+        batch = self._prepare_inputs(inputs)
+        batch.pop(_GIVEN, None)
+        with torch.no_grad(), self._naming_columns([batch]):
+            return self._recorder.unrecorded(model, batch).mean(), None, None
 
 # %% ../nbs/29_trainer.ipynb #df9b217d
 class _EachEpoch(TrainerCallback):
@@ -482,13 +1049,34 @@ class _EachEpoch(TrainerCallback):
     mid-epoch keeps that epoch's weights."""
 
     def __init__(self, trainer: ImportanceTrainer):
-        self.trainer = trainer
+        self.trainer, self.epoch = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.epoch = None
+        if not state.global_step:
+            self.trainer.place = [0, 0]
+        self.trainer._micro_batches, self.trainer._said, self.trainer.has_given = [], False, None
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        epoch, done = divmod(state.global_step, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
-        self.trainer.sampler.set_epoch(epoch)
+        done = 0
+        if self.epoch is not None:
+            self.epoch += 1
+        elif hasattr(train_dataloader, "__len__") and _is_indexed(self.trainer.train_dataset):
+            self.epoch, done = divmod(state.global_step, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        else:
+            self.epoch = self.trainer.place[0]
+        if self.epoch != self.trainer.place[0]:
+            self.trainer.place = [self.epoch, 0]
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(self.epoch)
         if self.trainer.recompute == "epoch" and not done:
             self.trainer.score_all()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        accelerator = self.trainer.accelerator
+        if self.trainer.idle and accelerator.scaler is not None:  # which takes no step without a gradient, nor the next after it
+            accelerator.scaler._per_optimizer_states.clear()
+            accelerator.gradient_state._set_sync_gradients(False)
 
 # %% ../nbs/29_trainer.ipynb #8c4fd1e3
 def _histograms(trainer) -> dict[str, np.ndarray]:

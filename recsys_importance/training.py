@@ -5,6 +5,7 @@
 # %% ../nbs/30_training.ipynb #d7da2ab0
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,7 +32,19 @@ from .importance import Weighting
 from .models import PairCollator, PairDataset, PairModel, add_lora, evaluating, predict, to_device
 from .objectives import LOSSES, Objectives, columns_of
 from .scoring import _sha256
-from .trainer import RECOMPUTE, ImportanceTrainer, last_checkpoint, track
+from recsys_importance.trainer import (
+    RECOMPUTE,
+    ImportanceTrainer,
+    _check_foreign,
+    _checkpoints,
+    _lack,
+    _locked,
+    _number_of,
+    _recorded,
+    _together,
+    last_checkpoint,
+    track,
+)
 
 # %% auto #0
 __all__ = ['TrainingSettings', 'sample_weights', 'FineTuned', 'fine_tune']
@@ -216,22 +229,34 @@ def _claim(folder: Path, identity: dict) -> None:
     """Make the folder this run's, or raise ValueError if its checkpoints are another run's."""
     path = folder / "run.json"
     identity = json.loads(json.dumps(identity))
-    there = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(there, dict) or not there.keys() <= identity.keys():
+            raise ValueError("not this module's")
+    except ValueError as error:
+        raise ValueError(f"{path} was written by another program; choose another folder") from error
     different = [key for key in sorted(there.keys() | identity.keys()) if there.get(key) != identity.get(key)]
-    if different and any(folder.glob("checkpoint-*")):
+    if different and _checkpoints(folder):
         what = f"checkpoints of another run (it differs in {', '.join(different)})"
         raise ValueError(f"{folder} holds {what}; choose another folder or delete it")
+    _check_foreign(folder, _recorded(folder))
     temporary = path.with_name("run.json.tmp")
     temporary.write_text(json.dumps(identity, indent=1, sort_keys=True))
     os.replace(temporary, path)
 
-
-def _ready(folder: Path, identity: dict | None, size: int, ranks: int) -> Path | None:
-    """Check the folder, claim it for the run of this identity, and return the checkpoint to go on from, or None to start anew."""
+# %% ../nbs/30_training.ipynb #adec79fd
+def _ready(folder: Path, identity: dict | None, size: int, rank: int, ranks: int, stack: contextlib.ExitStack) -> Path | None:
+    """Check the folder and return the checkpoint to go on from, or None to start anew. The first of the processes that share a run holds
+    the folder until the stack is closed, claims it for the run of this identity, and removes what that run left half-written."""
     _check_folder(folder)
     _check_space(folder, size)
-    if identity is not None:
+    if identity is not None and rank == 0:
+        stack.enter_context(_locked(folder))
         _claim(folder, identity)
+        for checkpoint in sorted(_checkpoints(folder), key=_number_of, reverse=True):
+            if not _lack(checkpoint, ranks):
+                break
+            shutil.rmtree(checkpoint)  # this run wrote it, as _claim has seen
     return last_checkpoint(folder, ranks=ranks)
 
 # %% ../nbs/30_training.ipynb #fc89aeb3
@@ -310,10 +335,13 @@ def fine_tune(
     the objectives' importance (delta) is above 0, one with ridge 1 / delta is made.
     folder: where checkpoints go; a run of the same settings, data and start that was interrupted there is taken up at its last
     checkpoint and ends as if it had not been. Without a folder nothing is kept on disk. Under torchrun, all processes get the same one.
+    The folder is locked meanwhile, and checkpoints in it that this run did not write are never removed.
+    The folder is locked meanwhile, and checkpoints in it that this run did not write are never removed.
     The best weights are those of an evaluation after training began, so `best` can be worse than the first row of the history.
     Deterministic on a CPU for given seeds and threads.
-    Raises ValueError for incomplete features, missing scores, settings that do not go together, a folder of another run or a loss that is
-    not finite; OSError for a folder that cannot be written or has too little space, before training starts.
+    Raises ValueError for incomplete features, missing scores, settings that do not go together, a folder of another run, or
+    in use by another process, or a loss that is not finite; OSError for a folder that cannot be written or has too little space, before
+    training starts.
     Source: article A, sections 3.2 (steps 2 to 4), 4.2 and 5.2.
     """
     settings, weighting = settings or TrainingSettings(), weighting or Weighting()
@@ -339,11 +367,11 @@ def fine_tune(
     }
     keeps, extra = folder is not None, {} if objectives is None else columns_of(train, objectives)
     validate = _validation(pair, validation, objectives, settings)
-    with tempfile.TemporaryDirectory() as temporary:
-        target = Path(folder or temporary)
+    with contextlib.ExitStack() as stack:
+        target = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         arguments = _arguments(target, settings, len(train), device, ranks, keeps=keeps)
-        with arguments.main_process_first(local=False):  # it deletes what is half-written
-            checkpoint = _ready(target, identity if keeps else None, _checkpoint_bytes(pair.model, settings, keeps=keeps), ranks)
+        size, rank = _checkpoint_bytes(pair.model, settings, keeps=keeps), arguments.process_index
+        checkpoint = _together(rank, ranks, lambda: _ready(target, identity if keeps else None, size, rank, ranks, stack))
         arguments.eval_on_start = checkpoint is None
         arguments.restore_callback_states_from_checkpoint = checkpoint is not None
         dataset = PairDataset(train, **extra)
@@ -367,6 +395,7 @@ def fine_tune(
             callbacks=[EarlyStoppingCallback(settings.patience), _LogWithEvaluation(), _Progress(description, settings.metric)],
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.holds = keeps  # the folder is locked above
         track(trainer, settings.tracking)
         if settings.lora_rank:  # when nothing is left to refuse
             add_lora(pair, settings.lora_rank, seed=settings.seed)

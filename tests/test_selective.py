@@ -233,9 +233,27 @@ def test_a_mean_is_no_loss_per_sample():
         selective_backward(perceptron(), mean, points(4), HALF)
 
 
+@pytest.mark.parametrize("rule", [HALF, Weighting(exponent=-1, clip=2), Weighting(threshold=0.1)])
+def test_where_every_score_is_zero_nothing_trains(rule):
+    model = perceptron()
+    with pytest.warns(UserWarning, match="every score of the step is 0, so nothing is trained"):
+        seen = selective_backward(model, residual, scored(0.0, 0.0), rule, score=numbers)
+    assert seen.weights.tolist() == seen.scores.tolist() == [0, 0] and seen.kept.shape == seen.losses.shape == (0,)
+    assert seen.kept.dtype == torch.int64 and all(p.grad is None for p in model.parameters())
+
+
+def test_scores_of_zero_do_not_count_before_they_are_annealed_in():
+    """A quarter of the way in, the uniform part is three quarters: the gradient of mean(0.75 l)."""
+    model, batch = perceptron(), scored(0.0, 0.0, 0.0)
+    seen = selective_backward(model, residual, batch, Weighting(anneal=(0.0, 0.8)), score=numbers, progress=0.2)
+    found = gradient_in(model)
+    model.zero_grad()
+    (0.75 * residual(model, batch)).mean().backward()
+    torch.testing.assert_close(found, gradient_in(model))
+    assert seen.weights.tolist() == [0.75] * 3 and seen.kept.tolist() == [0, 1, 2]
+
+
 def test_scores_that_give_no_weights_are_refused():
-    with pytest.raises(ValueError, match="all scores are zero"):
-        selective_backward(perceptron(), residual, scored(0.0, 0.0), HALF, score=numbers)
     with pytest.raises(ValueError, match="1 of 2 scores are negative"):
         selective_backward(perceptron(), residual, scored(1.0, -1.0), HALF, score=numbers)
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sys
+import warnings
 from pathlib import Path
 from unittest.mock import MagicMock, PropertyMock
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from apart import apart
-from tiny import tiny_frame, tiny_pair
+from tiny import tiny_config, tiny_frame, tiny_pair
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -396,15 +397,17 @@ def test_the_log_has_each_objective_over_the_samples_that_have_its_label(tmp_pat
 
 
 def test_the_log_says_what_the_weights_did(tmp_path):
-    """Two logs of two steps each; the last batch is one whose samples all weigh nothing."""
+    """Two logs of two steps each; the last batch is one whose samples all weigh nothing. The weights have mean 1: 34 / 16 of these."""
     order = orders([0], size=16, seed=3)[0]
     weights = np.zeros(16)
     weights[order[:12]] = [1, 2, 3, 4, 0, 0, 0, 4, 5, 5, 5, 5]
+    weights *= 16 / 34
     ours = trainer(tmp_path, count=16, recompute="never", weights=weights, logging_steps=2)
     ours.train()
     first, second = logs_of(ours)
-    assert first["effective_share"] == pytest.approx(14**2 / 46 / 8) and first["trained_share"] == 5 / 8 and first["largest_weight"] == 4
-    assert second["effective_share"] == pytest.approx(1 / 2) and second["trained_share"] == 1 / 2 and second["largest_weight"] == 5
+    assert first["effective_share"] == pytest.approx(14**2 / 46 / 8) and first["trained_share"] == 5 / 8
+    assert second["effective_share"] == pytest.approx(1 / 2) and second["trained_share"] == 1 / 2
+    assert [first["largest_weight"], second["largest_weight"]] == pytest.approx([4 * 16 / 34, 5 * 16 / 34])
     ours = trainer(tmp_path, count=16, recompute="never", weights=weights, logging_steps=1)
     ours.train()
     last = logs_of(ours)[-1]
@@ -564,7 +567,10 @@ def test_an_objective_that_is_not_finite_is_named_with_the_sample(tmp_path):
             dict(balance="mgda", loss=TWO, tasks=TASKS, frame=clicked_frame(), recompute="forward"),
             "balance='mgda' with recompute='forward' is not supported; use recompute='step', 'epoch' or 'never'",
         ),
-        (dict(compute_metrics=len), "compute_metrics needs predictions, which a loss does not give; use validate, a function of the model"),
+        (
+            dict(compute_metrics=len),
+            "compute_metrics is not supported: it needs predictions, which a loss does not give; use validate, a function of the model",
+        ),
         (dict(exact_every=0), "exact_every must be 1 or more, got 0"),
         (dict(torch_compile=True), "torch_compile does not keep samples apart; start one process per GPU with torchrun"),
     ],
@@ -599,6 +605,11 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its contents."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A folder with the checkpoints of steps 1, 2 and 3."""
@@ -613,14 +624,13 @@ def copied(saved, tmp_path) -> Path:
 
 
 def test_the_newest_checkpoint_is_found(copied):
-    before = {name: files_in(copied / name) for name in files_in(copied)}
+    before = tree(copied)
     (copied / "checkpoint-best").mkdir()  # someone's own
     assert last_checkpoint(copied) == copied / "checkpoint-3"
     (copied / "checkpoint-3").rename(copied / "checkpoint-10")
     assert last_checkpoint(str(copied)) == copied / "checkpoint-10"  # by number: 10 comes after 2
     (copied / "checkpoint-10").rename(copied / "checkpoint-3")
-    (copied / "checkpoint-best").rmdir()
-    assert {name: files_in(copied / name) for name in files_in(copied)} == before
+    assert tree(copied) == before
     assert last_checkpoint(copied / "nothing") is None
 
 
@@ -628,20 +638,36 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+LACKS = {
+    "trainer_state.json": "no complete trainer_state.json",
+    "model.safetensors": "no complete model",
+    "optimizer.pt": "no complete optimizer.pt",
+    "scheduler.pt": "no complete scheduler.pt",
+    "rng_state.pth": "random state",
+}
+
+
+@pytest.mark.parametrize("name", LACKS)
 @pytest.mark.parametrize("fault", [Path.unlink, truncated], ids=["missing", "truncated"])
-def test_what_is_half_written_is_thrown_away(name, fault, copied):
+def test_what_is_half_written_is_passed_over_and_stays(name, fault, copied):
     fault(copied / "checkpoint-3" / name)
     fault(copied / "checkpoint-2" / name)
-    assert last_checkpoint(copied) == copied / "checkpoint-1" and files_in(copied) == ["checkpoint-1"]
+    before = tree(copied)
+    with pytest.warns(UserWarning, match=rf"training cannot go on from checkpoint-3 \(.*{LACKS[name]}.*\), checkpoint-2 \(.*in {copied};"):
+        assert last_checkpoint(copied) == copied / "checkpoint-1"
     fault(copied / "checkpoint-1" / name)
-    assert last_checkpoint(copied) is None and files_in(copied) == []
+    (copied / "checkpoint-1" / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="passed over and left as it is"):
+        assert last_checkpoint(copied) is None
+    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json", "run.lock"]
+    assert {name for name in before if name.startswith(("checkpoint-2", "checkpoint-3"))} <= tree(copied).keys()
 
 
 def test_older_checkpoints_are_not_looked_at(copied):
     truncated(copied / "checkpoint-1" / "trainer_state.json")
-    assert last_checkpoint(copied) == copied / "checkpoint-3"
-    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last_checkpoint(copied) == copied / "checkpoint-3"
 
 
 def test_every_process_has_left_its_random_state(copied):
@@ -649,8 +675,11 @@ def test_every_process_has_left_its_random_state(copied):
     (copied / "checkpoint-3" / "rng_state_1.pth").write_bytes(state.read_bytes())
     state.rename(state.with_name("rng_state_0.pth"))
     assert last_checkpoint(copied, ranks=2) == copied / "checkpoint-3"
+    with pytest.warns(UserWarning, match=r"checkpoint-3 \(random states of 2 processes, not of 1\) in"):
+        assert last_checkpoint(copied) == copied / "checkpoint-2"
     (copied / "checkpoint-3" / "rng_state_1.pth").unlink()
-    assert last_checkpoint(copied, ranks=2) is None
+    with pytest.warns(UserWarning, match="random states of 1 processes, not of 2"):
+        assert last_checkpoint(copied, ranks=2) is None
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused(copied):
@@ -660,6 +689,125 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused(copied):
     with pytest.raises(ValueError, match="checkpoint-2 has no importance.safetensors: it was written by another kind of run"):
         ours.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
     trainer(copied, count=12, recompute="step").train(resume_from_checkpoint=str(copied / "checkpoint-2"))  # needs none
+
+
+def stock(folder: Path, *, model=None, **changes):
+    """Hugging Face's own Trainer on a tiny classifier, with a checkpoint every step of three."""
+    from transformers import BertForSequenceClassification, Trainer
+
+    model = BertForSequenceClassification(tiny_config(dropout=0.0, num_labels=2)) if model is None else model
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "label": row % 2} for row in range(12)]
+    options = dict(save_strategy="steps", save_steps=1, remove_unused_columns=True) | changes
+    Trainer(model=model, args=arguments(folder, **options), train_dataset=rows).train()
+    return model
+
+
+def test_checkpoints_of_a_stock_trainer_are_found_whole_sharded_and_as_adapters(tmp_path):
+    model = stock(tmp_path / "whole")
+    assert last_checkpoint(tmp_path / "whole") == tmp_path / "whole" / "checkpoint-3"
+    newest = Path(shutil.copytree(tmp_path / "whole", tmp_path / "sharded")) / "checkpoint-3"
+    (newest / "model.safetensors").unlink()
+    model.save_pretrained(newest, max_shard_size="20KB")
+    shards = sorted(newest.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 2 and last_checkpoint(tmp_path / "sharded") == newest
+    truncated(shards[1])
+    with pytest.warns(UserWarning, match=r"checkpoint-3 \(no complete model\)"):
+        assert last_checkpoint(tmp_path / "sharded") == tmp_path / "sharded" / "checkpoint-2"
+    peft = pytest.importorskip("peft")
+    stock(tmp_path / "adapters", model=peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"])))
+    newest = tmp_path / "adapters" / "checkpoint-3"
+    assert (newest / "adapter_model.safetensors").exists() and not (newest / "model.safetensors").exists()
+    assert last_checkpoint(tmp_path / "adapters") == newest
+
+
+def test_a_checkpoint_of_the_model_alone_is_passed_over_and_cannot_be_resumed(tmp_path):
+    stock(tmp_path, save_only_model=True)
+    before = tree(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-3 \(no complete optimizer.pt: save_only_model leaves it out\), checkpoint-2 \(no comp"
+    ):
+        assert last_checkpoint(tmp_path) is None
+    for path in (tmp_path / "checkpoint-3", str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match=rf"training cannot go on from {path} \(no complete optimizer.pt"):
+            trainer(tmp_path, count=12).train(resume_from_checkpoint=path)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="has no checkpoint from which training can go on"):
+        trainer(tmp_path, count=12).train(resume_from_checkpoint=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_run_does_not_begin_where_it_could_write_over_or_remove_what_it_did_not_write(limit, tmp_path):
+    stock(tmp_path)
+    before = tree(tmp_path)
+    ours = trainer(tmp_path, count=12, save_strategy="steps", save_steps=1, save_total_limit=limit)
+    message = r"holds checkpoints that this run did not write \(checkpoint-1, checkpoint-2, checkpoint-3\), and would write over"
+    for given in (None, str(tmp_path / "checkpoint-3")):
+        with pytest.raises(ValueError, match=message):
+            ours.train(resume_from_checkpoint=given)
+    assert tree(tmp_path) == before and ours.state.global_step == 0
+    trainer(tmp_path, count=12).train()  # which writes nothing
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_an_earlier_run_is_for_going_on_or_refused(saved, copied):
+    options = dict(count=12, recompute="epoch", save_strategy="steps", save_steps=1)
+    with pytest.raises(ValueError, match="holds checkpoints that this run did not write"):
+        trainer(copied, **options).train()
+    ours = trainer(copied, **options)
+    ours.train(resume_from_checkpoint=True)
+    assert tree(copied).keys() == tree(saved).keys()
+    ours = trainer(copied / "below", **options)
+    ours.train()
+    ours.train()  # the same run once more may write over its own
+
+
+def test_two_trainers_do_not_write_to_one_folder_at_a_time(tmp_path):
+    refused = []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with pytest.raises(ValueError, match=f"another process is at work in {tmp_path}; wait until it has ended, or choose another"):
+                trainer(tmp_path, count=12, save_strategy="epoch").train()
+            refused.append(state.global_step)
+
+    ours = trainer(tmp_path, count=12, save_strategy="epoch")
+    ours.add_callback(Second())
+    ours.train()
+    assert refused == [1, 2, 3] and last_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rotation_removes_only_what_the_run_wrote(limit, best, tmp_path):
+    """As Hugging Face's does with a folder of its own; another program's checkpoint, which appears meanwhile, stays."""
+
+    class AnotherProgram(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                (tmp_path / "checkpoint-1000").mkdir()
+                (tmp_path / "checkpoint-1000" / "model.safetensors").write_text("another's")
+
+    values = iter([5.0, 1.0, 2.0, 3.0, 4.0])  # the first evaluation is the best
+    evaluated = dict(eval_strategy="steps", eval_steps=1, validate=lambda model: {"score": next(values)}, eval_dataset=[0])
+    evaluated |= dict(load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True) if best else {}
+    ours = trainer(tmp_path, count=20, save_strategy="steps", save_steps=1, save_total_limit=limit, **evaluated)
+    ours.add_callback(AnotherProgram())
+    ours.train()
+    kept = {(1, False): {5}, (2, False): {4, 5}, (1, True): {1}, (2, True): {1, 5}}[limit, best]
+    names = {f"checkpoint-{step}" for step in kept}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == names | {"checkpoint-1000"}
+    assert (tmp_path / "checkpoint-1000" / "model.safetensors").read_text() == "another's"
+    assert ours.args.save_total_limit == limit
+
+
+def test_a_run_of_other_weights_does_not_go_on(tmp_path):
+    options = dict(count=12, recompute="never", save_strategy="steps", save_steps=1)
+    weights = np.linspace(0, 2, 12)
+    trainer(tmp_path, weights=weights, **options).train()
+    for other in (weights[::-1], None):
+        with pytest.raises(ValueError, match="was written by a run of other weights than are given now; give the same, or begin anew"):
+            trainer(tmp_path, weights=other, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer(tmp_path, weights=weights, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------------------------

@@ -490,7 +490,7 @@ def test_checkpoints_stay_where_they_are_asked_for(train, validation, tmp_path):
     weights, result = trained(train, validation, folder=folder)
     found = sorted(path.name for path in folder.iterdir())
     best = result.history["step"][1:][result.history["ndcg@10"][1:] == result.best].iloc[0]
-    assert found == [f"checkpoint-{best}", "run.json"]
+    assert found == [f"checkpoint-{best}", "importance_checkpoints.json", "run.json", "run.lock"]
     assert same(load_file(folder / f"checkpoint-{best}" / "model.safetensors"), weights)
 
 
@@ -764,6 +764,71 @@ def test_checkpoints_that_no_run_has_claimed_are_refused(sixteen, validation, tm
     with pytest.raises(ValueError, match="holds checkpoints of another run"):
         trained(sixteen, validation, folder=tmp_path)
     assert checkpoints(tmp_path) == [3]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("there", [{"trainer_state.json": "{"}, {"model.safetensors": "weights"}, {}], ids=["half", "model only", "empty"])
+def test_checkpoints_of_another_program_among_the_runs_own_are_refused_and_stay(there, sixteen, validation, tmp_path):
+    run = dict(batch_size=4, folder=tmp_path)
+    with at_step(5):
+        trained(sixteen, validation, **run)
+    (tmp_path / "checkpoint-99").mkdir()
+    for name, text in there.items():
+        (tmp_path / "checkpoint-99" / name).write_text(text)
+    before = files_below(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds checkpoints that this run did not write \(checkpoint-99\)"):
+        trained(sixteen, validation, **run)
+    assert files_below(tmp_path) == before and (tmp_path / "checkpoint-99").is_dir()
+
+
+def test_what_the_run_itself_left_half_written_is_cleaned(sixteen, validation, tmp_path):
+    """Its newest checkpoint, also where the rotation that removed it was cut short."""
+    expected, _ = trained(sixteen, validation, batch_size=4)
+    with at_step(7):
+        trained(sixteen, validation, batch_size=4, folder=tmp_path)
+    newest = tmp_path / f"checkpoint-{max(checkpoints(tmp_path))}"
+    (newest / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-best").mkdir()  # someone's own
+    assert same(expected, trained(sixteen, validation, batch_size=4, folder=tmp_path)[0])
+    assert (tmp_path / "checkpoint-best").is_dir()
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"wandb_version": 1}'])
+def test_a_run_json_of_another_program_is_not_written_over(text, sixteen, validation, tmp_path, no_step):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/run.json was written by another program; choose another folder"):
+        trained(sixteen, validation, folder=tmp_path)
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def held(folder: str, marker: str) -> None:
+    """Hold the folder as a run does, until the process is killed."""
+    with training._locked(Path(folder)):
+        Path(marker).write_text("held")
+        time.sleep(120)
+
+
+def test_a_second_process_in_the_folder_is_refused_until_the_first_has_ended_in_any_way(sixteen, validation, tmp_path):
+    folder, marker = tmp_path / "run", tmp_path / "marker"
+    folder.mkdir()
+    process, _ = start(held, str(folder), str(marker))
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.01)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"another process is at work in {folder}; wait until it has ended, or choose another folder"):
+            trained(sixteen, validation, folder=folder, batch_size=4)
+    assert [path.name for path in folder.iterdir()] == ["run.lock"]
+    process.kill()
+    process.join()
+    trained(sixteen, validation, folder=folder, batch_size=4, epochs=1)
+    assert checkpoints(folder)
+    with training._locked(folder):  # free again after a run, and after a refusal in the same process
+        pass
 
 
 def test_a_folder_without_checkpoints_is_free(sixteen, validation, tmp_path):

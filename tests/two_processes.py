@@ -1,5 +1,6 @@
 """What each of two processes does for test_two_processes: a list of runs, their outcomes written to a file. Started by torchrun."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -17,7 +18,7 @@ from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset
 from recsys_importance.objectives import Objectives, click, columns_of, cross_entropy, relevance
 from recsys_importance.selective import samples_of, selective_backward
-from recsys_importance.trainer import ImportanceTrainer
+from recsys_importance.trainer import EpochSampler, ImportanceTrainer
 from recsys_importance.training import TrainingSettings, fine_tune
 
 HALF = Weighting(exponent=0, threshold=0.5, threshold_on="quantile")
@@ -48,9 +49,15 @@ def selective(name: str, rank: int) -> dict:
 # --- the trainer ------------------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = [0.0, 2.0, 0.5, 1.5] * 4
+GIVEN = [0.0, 3.0, 0.5, 1.0] * 4
 TRAINERS = {  # micro-batches per step, options
     "never": (1, dict(recompute="never", weights=WEIGHTS)),
     "epoch": (1, dict(recompute="epoch", weighting=Weighting(clip=2))),
+    "epoch, workers": (2, dict(recompute="epoch", weighting=Weighting(clip=2), workers=1)),
+    "weight column": (2, dict(recompute="step", weighting=Weighting(clip=2), given=GIVEN)),
+    "never, a step of weight 0": (1, dict(recompute="never", weights="first step")),
+    "all learned but a half": (1, dict(recompute="forward", weighting=HALF, learned=8)),
+    "all learned": (2, dict(recompute="forward", weighting=HALF, learned=16)),
     "step": (2, dict(recompute="step", weighting=Weighting(exponent=1, clip=1.5))),
     "forward": (1, dict(recompute="forward", weighting=HALF)),
     "forward, accumulated": (2, dict(recompute="forward", weighting=HALF)),
@@ -66,7 +73,28 @@ def clicked(frame):
     return frame.assign(clicked=[float("nan") if number % 5 == 0 else float(number % 3 == 0) for number in range(len(frame))])
 
 
-def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, tasks=("relevance",), weights=None, **options) -> dict:
+def learned_up_to(count: int):
+    """Cross-entropy, but 0 with a gradient of 0 for the first samples."""
+
+    def loss(model, batch):
+        return cross_entropy(model, batch) * torch.tensor([float(int(name[1:]) >= count) for name in batch["sample_id"]])
+
+    return loss
+
+
+def trained(
+    folder: Path,
+    batch: int,
+    accumulation: int,
+    *,
+    loss=cross_entropy,
+    tasks=("relevance",),
+    weights=None,
+    given=None,
+    learned=0,
+    workers=0,
+    **options,
+) -> dict:
     """Weights and log of two epochs of plain SGD on sixteen samples."""
     from transformers import TrainingArguments
 
@@ -88,9 +116,16 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
         logging_steps=1,
         seed=3,
         ddp_find_unused_parameters=False,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
     )
     columns = columns_of(frame, loss) if isinstance(loss, Objectives) else {}
+    columns |= {} if given is None else {"weight": given}
+    loss = learned_up_to(learned) if learned else loss
     dataset = PairDataset(frame, **columns)
+    if weights == "first step":  # of 8 samples: those of the second weigh nothing
+        first = list(EpochSampler(16, seed=3, batch=8, lengths=dataset.lengths()))[:8]
+        weights = [2.0 * (row in first) for row in range(16)]
     options = options | ({} if weights is None else {"weights": torch.tensor(weights, dtype=torch.float64).numpy()})
     options |= {"head": ImportanceHead(pair.model)} if options.get("head") else {}
     ours = ImportanceTrainer(
@@ -103,6 +138,8 @@ def trained(folder: Path, batch: int, accumulation: int, *, loss=cross_entropy, 
         **options,
     )
     ours.train()
+    if workers:
+        ours.callback_handler.train_dataloader._iterator._shutdown_workers()
     log = [entry for entry in ours.state.log_history if "loss" in entry]
     moments = None if ours.head is None else ours.head.moments
     return {"end": {name: value.clone() for name, value in pair.model.state_dict().items()}, "log": log, "moments": moments}
@@ -189,10 +226,13 @@ def outcomes(rank: int, folder: Path) -> dict:
         (folder / "half-written" / "checkpoint-99").mkdir(parents=True)
         (folder / "half-written" / "checkpoint-99" / "trainer_state.json").write_text("{")
         (folder / "half-written" / "run.json").write_bytes((folder / "never whole" / "run.json").read_bytes())
+        (folder / "half-written" / "importance_checkpoints.json").write_text('["checkpoint-99"]')
     distributed.barrier()
     found["half-written"] = fine_tuned(folder / "half-written", batch_size=4, dropout=0.1)
     found["no folder"] = refusal(fine_tuned, None, batch_size=4)
     found["another run"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1, learning_rate=5e-4)
+    with training._locked(folder / "never whole") if rank == 0 else contextlib.nullcontext():  # as another torchrun would
+        found["in use"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1)
     found["a file"] = refusal(fine_tuned, Path(__file__), batch_size=4)
     return found | {"bars": Bar.shown}
 
