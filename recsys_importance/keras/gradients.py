@@ -845,8 +845,8 @@ class _Certificate:
 
 _CAUSES = (
     "The model mixes or moves the samples of a batch (normalises over it, sorts it, has another dimension first), uses a variable outside "
-    "the call of its layer, or replaces a layer's call; or the loss mixes samples, or runs the model or a variable itself. Give every layer "
-    "samples first and what it uses by its call; freeze a BatchNormalization; use gradient_norms_by_tape where samples do not mix"
+    "the call of its layer, or replaces a layer's call; or the loss mixes samples, or runs the model or a variable itself. Give every "
+    "layer samples first and what it uses by its call; freeze a BatchNormalization; use gradient_norms_by_tape where samples do not mix"
 )
 
 # %% ../../nbs/33_keras_gradients.ipynb #0c3f9ab8
