@@ -672,18 +672,19 @@ def sample_gradients(
     return found
 
 
-def _one_pass(model, batch: tuple, *, loss, variables, training: bool, certify: bool):
-    """(SampleGradients of a batch, their _Certificate or None)."""
+def _one_pass(model, batch: tuple, *, loss, variables, training: bool, certify: bool, still: bool = False):
+    """(SampleGradients of a batch, their _Certificate or None). still: no state of the model moves on."""
+    scope = keras.StatelessScope if still else contextlib.nullcontext
     x, y, sample_weight = batch
     counted = {id(v) for v in chosen_variables(model, variables)}
     by_id = {id(v): v for v in model.trainable_variables}
-    with tf.GradientTape(persistent=certify) as through_model, _Watched(model, set(by_id)) as watched:
+    with scope(), tf.GradientTape(persistent=certify) as through_model, _Watched(model, set(by_id)) as watched:
         raw = model(x, training=training)
     _refuse_added_losses(model)
     flat = keras.tree.flatten(raw)
     if any(getattr(part, "_keras_mask", None) is not None for part in flat):
         raise ValueError("the predictions carry a mask, which Keras would apply to the losses; pool over positions inside the model")
-    with through_model if certify else contextlib.nullcontext():  # whatever else the loss does to the model is seen
+    with scope(), through_model if certify else contextlib.nullcontext():  # whatever else the loss does to the model is seen
         flat, seen, wide = _cut(flat)
         with tf.GradientTape() as through_loss:
             through_loss.watch(seen)
