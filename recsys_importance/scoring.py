@@ -5,12 +5,14 @@
 # %% ../nbs/22_scoring.ipynb #c0e69dbb
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import math
+import numbers
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,10 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from .folders import check_room, locked
+from .folders import replace as _replace
 from .gradients import gradient_norms
+from .identity import NoIdentity, fingerprint, fingerprint_rows, identity_of, tensor_bytes, torch_state
 from .models import evaluating, to_device
 from .reference import Loss, in_dtype, one_sample
 
@@ -30,68 +35,179 @@ from .reference import Loss, in_dtype, one_sample
 __all__ = ['write_scores', 'read_scores', 'score_dataset']
 
 # %% ../nbs/22_scoring.ipynb #056c0690
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write through a temporary name, so that `path` is either complete or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with temporary.open("r+b") as file:
-            os.fsync(file.fileno())  # on the disk before it has its name
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"scores-{shard:05d}.parquet"  # six digits and more after 99,999
 
 
 def _shards(folder: Path) -> list[Path]:
     """The finished shards, in order."""
-    return sorted(folder.glob("scores-*.parquet"))
+    found = [path for path in folder.glob("scores-*.parquet") if path.stem.removeprefix("scores-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("scores-")))
+
+
+def _read_identity(path: Path) -> dict:
+    """What a folder's identity file says, {} if there is none; ValueError if it is not one of a score run."""
+    if not path.exists():
+        return {}
+    try:
+        there = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); choose another folder or delete this one") from error
+    if not isinstance(there, dict) or not isinstance(there.get("samples"), int):
+        raise ValueError(f"{path} is not that of a score run (no number of samples in it); choose another folder")
+    return there
 
 
 def _claim(folder: Path, identity: dict) -> None:
     """Make the folder this run's, or raise ValueError if it holds scores of another run."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "identity.json"
-    there = json.loads(path.read_text()) if path.exists() else {}
-    different = [
-        f"{key} {there.get(key)!r} there, {identity.get(key)!r} now"
-        for key in sorted(there.keys() | identity.keys())
-        if there.get(key) != identity.get(key)
-    ]
+    try:
+        text = json.dumps(identity, indent=1, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(f"the identity must be a dict of texts, numbers and lists of these, got {identity!r}") from error
+    there, now = _read_identity(path) if _shards(folder) else {}, json.loads(text)
+    different = [key for key in sorted(there.keys() | now.keys()) if json.dumps(there.get(key)) != json.dumps(now.get(key))]
     if different and _shards(folder):
-        raise ValueError(f"{folder} holds scores of another run ({'; '.join(different)}); choose another folder or delete this one")
+        shown = [f"{key} {there.get(key)!r} there, {now.get(key)!r} now" for key in different[:6]]
+        more = f"; and {len(different) - 6} more" if len(different) > 6 else ""
+        raise ValueError(f"{folder} holds scores of another run ({'; '.join(shown)}{more}); choose another folder or delete this one")
     if different:
-        _replace(path, lambda temporary: temporary.write_text(json.dumps(identity, indent=1, sort_keys=True)))
+        _replace(path, lambda temporary: temporary.write_text(text))
 
 # %% ../nbs/22_scoring.ipynb #214c7eed
 _CONTENTS = b"recsys_importance.samples"  # sha256 of the samples that a shard's scores belong to
 
 
-def _fingerprint(value) -> str:
-    """sha256 of a sample: of its tensors' and arrays' bytes, and of how anything else prints."""
-    if isinstance(value, dict):
-        text = "".join(f"{name}={_fingerprint(value[name])}" for name in sorted(value)).encode()
-    elif torch.is_tensor(value) or isinstance(value, np.ndarray):
-        array = value.detach().cpu().numpy() if torch.is_tensor(value) else value
-        text = f"{array.dtype} {array.shape}".encode() + (array.tobytes() if array.dtype != object else repr(array.tolist()).encode())
-    else:
-        text = repr(value).encode()
-    return hashlib.sha256(text).hexdigest()
+def _samples(dataset, rows: Sequence[int]) -> list:
+    """The samples of these rows, by one call where the data set has one, as torch's DataLoader does."""
+    several = getattr(dataset, "__getitems__", None)
+    return [dataset[i] for i in rows] if several is None else list(several(list(rows)))
 
 
-def _check_contents(path: Path, rows: range, contents: str) -> None:
-    """Raise ValueError if a finished shard was made from samples of other contents (changed labels keep their sample_id)."""
-    if pq.read_schema(path).metadata.get(_CONTENTS) != contents.encode():
+def _contents_of(samples: list) -> bytes:
+    """What tells these samples from any others."""
+    try:
+        return fingerprint_rows(samples)
+    except NoIdentity as error:
+        raise NoIdentity(
+            f"{error}, so that a folder of scores could not be told from that of other samples; give samples of numbers, texts, tensors "
+            "and arrays, or identity={'contents': a text that you change whenever the samples change}, or no folder"
+        ) from error
+
+
+def _check_finished(path: Path, dataset, rows: range, batch_size: int, contents: str | None, bar: tqdm) -> list[str]:
+    """The sample_ids of a finished shard. Raises ValueError if it was made from samples of other contents (changed labels keep their
+    sample_id). contents: what stands for the samples, which are then not read."""
+    shard, found = _read_shard(path), hashlib.sha256()
+    for part in _cut(rows, batch_size):
+        if contents is None:
+            found.update(_contents_of(_samples(dataset, part)))
+        bar.update(len(part))
+    contents = found.hexdigest() if contents is None else contents
+    if (shard.schema.metadata or {}).get(_CONTENTS) != contents.encode() or len(shard) != len(rows):
         raise ValueError(
             f"{path.parent} holds scores of another run: samples {rows.start} to {rows.stop - 1} had other contents; "
             "choose another folder or delete this one"
         )
+    return shard["sample_id"].to_pylist()
+
+
+def _cut(rows: range, size: int) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _read_shard(path: Path) -> pa.Table:
+    """A shard's sample_id and score. Raises ValueError if the file is damaged or not a shard."""
+    try:
+        with pq.ParquetFile(path) as file:
+            shard = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete this file, and score_dataset computes it again") from error
+    if shard.column_names != ["sample_id", "score"]:
+        raise ValueError(f"{path} holds {', '.join(shard.column_names)}, not sample_id and score: it is not a shard of scores; remove it")
+    return shard
+
+# %% ../nbs/22_scoring.ipynb #5a3c01d3
+def _name(sample_id) -> str:
+    """A sample_id as text. Raises ValueError for what names nothing: None, NaN, an object."""
+    if torch.is_tensor(sample_id) and sample_id.ndim == 0:
+        sample_id = sample_id.item()
+    named = isinstance(sample_id, (str, bytes, numbers.Integral, uuid.UUID)) or (isinstance(sample_id, float) and math.isfinite(sample_id))
+    if not named and not (isinstance(sample_id, tuple) and all(map(_name, sample_id))):
+        raise ValueError(f"sample_id is {sample_id!r}, expected a text or a whole number that names the sample")
+    return str(sample_id)
+
+
+def _ids_of(batch: Mapping, samples: list) -> list[str]:
+    """The sample_ids of a batch. Raises ValueError if the collator lost, added or moved samples."""
+    if not isinstance(batch, Mapping) or "sample_id" not in batch:
+        raise ValueError('the collator gave a batch without "sample_id"; scores are keyed by it, so let the collator keep it, as a list')
+    ids = list(map(_name, batch["sample_id"]))
+    named = all(isinstance(sample, Mapping) and "sample_id" in sample for sample in samples)
+    given = [_name(sample["sample_id"]) for sample in samples] if named else ids
+    if ids != given or len(ids) != len(samples):
+        lost, new = [name for name in given if name not in ids], [name for name in ids if name not in given]
+        what = f"lost {lost[0]!r}" if lost else f"added {new[0]!r}" if new else "changed the order or number of samples"
+        raise ValueError(
+            f"the collator was given {len(samples)} samples and gave a batch of {len(ids)}: it {what}. "
+            "It must keep all samples in their order; leave samples out of the data set instead"
+        )
+    return ids
+
+
+def _column_of_ids(dataset) -> Sequence | None:
+    """The sample_ids of a whole data set where they can be had without reading its samples."""
+    if isinstance(dataset, (list, tuple)):
+        return [sample["sample_id"] for sample in dataset if isinstance(sample, Mapping) and "sample_id" in sample]
+    if type(dataset) is torch.utils.data.Subset:
+        ids = _column_of_ids(dataset.dataset)
+        return None if ids is None or len(ids) != len(dataset.dataset) else [ids[i] for i in dataset.indices]
+    if type(dataset) is torch.utils.data.ConcatDataset:
+        parts = [_column_of_ids(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [name for part in parts for name in part]
+    if "sample_id" in (getattr(dataset, "column_names", None) or ()):  # datasets.Dataset
+        return list(dataset["sample_id"])
+    for held in (getattr(dataset, name, None) for name in ("frame", "columns")):
+        if isinstance(held, (Mapping, pd.DataFrame)) and "sample_id" in held:
+            return list(held["sample_id"])
+    return getattr(dataset, "sample_ids", None)
+
+
+def _check_known_ids(dataset) -> None:
+    """Raise ValueError if two samples have one sample_id, as far as the data set shows its identifiers before it is read."""
+    ids = _column_of_ids(dataset)
+    if ids is None or callable(ids) or len(ids) != len(dataset):
+        return
+    ids = pd.Series([str(name) for name in ids])
+    for second in np.flatnonzero(ids.duplicated())[:1].tolist():
+        first = int(np.flatnonzero(ids == ids[second])[0])
+        if _name(dataset[first]["sample_id"]) == _name(dataset[second]["sample_id"]):  # a data set may rename what it holds
+            raise ValueError(_TWICE.format(ids[second]))
+
+
+_TWICE = "sample_id {!r} occurs twice; scores are keyed by sample_id, so it must be unique"
+
+
+def _with_new(seen: np.ndarray, ids: list[str], finished: list[Path]) -> np.ndarray:
+    """The sorted hashes of all ids so far, 8 bytes each, with these. Raises ValueError if one of them is in a finished shard."""
+    hashes = np.sort(pd.util.hash_array(np.array(ids, dtype=object), categorize=False))
+    places = np.searchsorted(seen, hashes)
+    if len(seen) and (seen[np.minimum(places, len(seen) - 1)] == hashes).any():
+        for path in finished:  # two names may have one hash
+            for name in set(_read_shard(path)["sample_id"].to_pylist()).intersection(ids):
+                raise ValueError(_TWICE.format(name))
+    return np.insert(seen, places, hashes)
 
 # %% ../nbs/22_scoring.ipynb #53c143f0
-def _batches(dataset, collate: Callable[[list], dict], rows: range, batch_size: int) -> Iterator[tuple[dict, str]]:
-    """The batches of these rows, each with the fingerprints of its samples."""
-    for start in range(0, len(rows), batch_size):
-        samples = [dataset[i] for i in rows[start : start + batch_size]]
-        yield collate(samples), "".join(map(_fingerprint, samples))
+def _batches(dataset, collate: Callable[[list], dict], parts: list[range], contents) -> Iterator[tuple[dict, list[str]]]:
+    """The batch of each of these parts with its sample_ids. contents: hash that takes the samples in, or None."""
+    for rows in parts:
+        samples = _samples(dataset, rows)
+        if contents is not None:
+            contents.update(_contents_of(samples))  # first: a collator may change what it is given
+        batch = collate(samples)
+        yield batch, _ids_of(batch, samples)
 
 
 def _ahead(items: Iterator) -> Iterator:
@@ -103,80 +219,121 @@ def _ahead(items: Iterator) -> Iterator:
             yield item
 
 
+def _scored(score, dataset, collate, rows: range, batch_size: int, bar: tqdm, contents=None) -> pd.DataFrame:
+    """The frame of these rows' sample_ids and scores; ValueError as `_check_shard`."""
+    names, scores = [], []
+    for batch, ids in _ahead(_batches(dataset, collate, _cut(rows, batch_size), contents)):
+        found = torch.as_tensor(score(batch)).detach().cpu()
+        if found.shape != (len(ids),):
+            raise ValueError(f"the scorer gave a tensor of shape {tuple(found.shape)} for {len(ids)} samples, expected ({len(ids)},)")
+        names += ids
+        scores.append((found.float() if found.is_floating_point() and found.itemsize < 4 else found).numpy())  # NumPy has no bfloat16
+        bar.update(len(ids))
+    frame = pd.DataFrame({"sample_id": pd.Series(names, dtype="str"), "score": np.concatenate(scores)})
+    _check_shard(frame)
+    return frame
+
+
+def _check_shard(frame: pd.DataFrame) -> None:
+    if frame["sample_id"].isna().any():
+        raise ValueError(f"{frame['sample_id'].isna().sum()} samples have no sample_id; scores are keyed by it")
+    repeated = frame["sample_id"][frame["sample_id"].duplicated()]
+    if len(repeated):
+        raise ValueError(_TWICE.format(repeated.iloc[0]))
+    bad = frame["sample_id"][~np.isfinite(frame["score"])]
+    if len(bad):
+        raise ValueError(f"{len(bad)} scores are NaN or infinite, the first for sample {bad.iloc[0]!r}")
+
+# %% ../nbs/22_scoring.ipynb #5a3c01d4
 def write_scores(
     score: Callable[[dict], torch.Tensor],
     dataset,
     collate: Callable[[list], dict],
     folder: str | Path,
     *,
-    identity: dict,
+    identity: dict | None = None,
     batch_size: int = 32,
     shard_size: int = 4096,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Score every sample, shard by shard, restartable; the scorer is any function of a batch.
 
-    score: batch -> (B,) scores. dataset: len() and [i]; its samples carry "sample_id". collate: list of samples -> batch, sample_id kept;
-    both are called in a second thread.
-    folder: receives identity.json and scores-00000.parquet, … with sample_id (str) and score. identity: what the scores depend on (JSON).
-    Memory holds one shard's scores and two batches. Returns `read_scores(folder)`.
-    Raises ValueError if the folder belongs to another identity or to other samples, a sample_id repeats, or a score is not finite.
+    score: batch -> (B,) scores. dataset: len() and [i] (or __getitems__), such as a list, a torch or a `datasets` Dataset; its samples
+    carry "sample_id". collate: list of samples -> batch, sample_id kept; both are called in a second thread.
+    folder: receives identity.json and scores-00000.parquet, … with sample_id (str) and score. identity: what the scores depend on (JSON);
+    by default `identity_of` score and collate. "contents" in it stands for the samples, which are then not compared.
+    Memory holds one shard's scores, two batches and 8 bytes a sample. Finished shards are checked first, then the others are scored.
+    Returns `read_scores(folder)`.
+    Raises ValueError if the folder belongs to another identity or to other samples, another process is at work in it, it cannot be written
+    to, a sample_id repeats, the collator loses or moves samples, or a score is not finite.
     """
-    if batch_size < 1 or shard_size < 1:
-        raise ValueError(f"batch_size and shard_size must be 1 or more, got {batch_size} and {shard_size}")
-    folder, count = Path(folder), len(dataset)
-    if not count:
-        raise ValueError("the data set has no samples to score")
-    _claim(folder, identity | {"samples": count, "batch_size": batch_size, "shard_size": shard_size})
-    with tqdm(total=count, desc="scoring", unit="sample", disable=not progress) as bar:
-        for shard, start in enumerate(range(0, count, shard_size)):
-            path, rows = folder / f"scores-{shard:05d}.parquet", range(start, min(start + shard_size, count))
-            if path.exists():
-                contents = hashlib.sha256("".join(_fingerprint(dataset[i]) for i in rows).encode()).hexdigest()
-                _check_contents(path, rows, contents)
-                bar.update(len(rows))
-                continue
-            ids, scores, contents = [], [], hashlib.sha256()
-            for batch, fingerprints in _ahead(_batches(dataset, collate, rows, batch_size)):
-                ids += batch["sample_id"]
-                scores.append(score(batch).detach().cpu().numpy())
-                contents.update(fingerprints.encode())
-                bar.update(len(scores[-1]))
-            _write_shard(path, ids, np.concatenate(scores), contents.hexdigest())
+    folder, count = Path(folder), _check_sizes(dataset, batch_size, shard_size)
+    if identity is None:
+        identity = _identities({"scorer": score, "collate": collate}, {}, {})
+    _check_known_ids(dataset)
+    shards = dict(enumerate(_cut(range(count), shard_size)))
+    finished = all(_shard_path(folder, shard).exists() for shard in shards) and (folder / "identity.json").exists()
+    with contextlib.nullcontext() if finished else locked(folder):
+        _claim(folder, identity | {"format": 2, "samples": count, "batch_size": batch_size, "shard_size": shard_size})
+        with tqdm(total=count, unit="sample", disable=not progress) as bar:
+            _complete(folder, shards, score, dataset, collate, batch_size, identity.get("contents"), bar)
     return read_scores(folder)
 
 
-def _write_shard(path: Path, ids: Sequence[str], scores: np.ndarray, contents: str) -> None:
-    """The shard of these samples, with the sha256 of their contents; ValueError as `_check_shard`."""
-    frame = pd.DataFrame({"sample_id": pd.Series(ids, dtype="str"), "score": scores})
-    _check_shard(frame)
+def _check_sizes(dataset, batch_size: int, shard_size: int) -> int:
+    """How many samples a data set has; ValueError for sizes or data sets that cannot be scored."""
+    if batch_size < 1 or shard_size < 1:
+        raise ValueError(f"batch_size and shard_size must be 1 or more, got {batch_size} and {shard_size}")
+    if isinstance(dataset, (pd.DataFrame, Mapping)) or not all(hasattr(dataset, name) for name in ("__len__", "__getitem__")):
+        raise ValueError(f"dataset is a {type(dataset).__name__}, expected samples by number, with len(); see PairDataset for a frame")
+    if not len(dataset):
+        raise ValueError("the data set has no samples to score")
+    return len(dataset)
+
+
+def _complete(folder: Path, shards: dict[int, range], score, dataset, collate, batch_size: int, contents, bar: tqdm) -> None:
+    """Check the shards that are there and write those that are not."""
+    there = [shard for shard in shards if _shard_path(folder, shard).exists()]
+    missing = [shard for shard in shards if shard not in set(there)]
+    contents = None if contents is None else str(contents)
+    finished, seen = [_shard_path(folder, shard) for shard in there], np.empty(0, np.uint64)
+    bar.set_description("checking finished samples" if there else "scoring")
+    for shard, path in zip(there, finished, strict=True):
+        seen = _with_new(seen, _check_finished(path, dataset, shards[shard], batch_size, contents, bar), finished[: finished.index(path)])
+    if missing:
+        bar.set_description("scoring")
+        check_room(folder, sum(64 * len(shards[shard]) + 4096 for shard in missing))
+    for shard in missing:
+        hashed = hashlib.sha256() if contents is None else None
+        frame = _scored(score, dataset, collate, shards[shard], batch_size, bar, hashed)
+        seen = _with_new(seen, frame["sample_id"].tolist(), finished)
+        _write_shard(_shard_path(folder, shard), frame, contents if hashed is None else hashed.hexdigest())
+        finished.append(_shard_path(folder, shard))
+
+
+def _write_shard(path: Path, frame: pd.DataFrame, contents: str) -> None:
+    """The shard of these samples, with the hash of their contents."""
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(table.schema.metadata | {_CONTENTS: contents.encode()})
     _replace(path, lambda temporary: pq.write_table(table, temporary))
 
-
-def _check_shard(frame: pd.DataFrame) -> None:
-    repeated = frame["sample_id"][frame["sample_id"].duplicated()]
-    if len(repeated):
-        raise ValueError(f"sample_id {repeated.iloc[0]!r} occurs twice; scores are keyed by sample_id, so it must be unique")
-    bad = frame["sample_id"][~np.isfinite(frame["score"])]
-    if len(bad):
-        raise ValueError(f"{len(bad)} scores are NaN or infinite, the first for sample {bad.iloc[0]!r}")
-
-
+# %% ../nbs/22_scoring.ipynb #5a3c01d5
 def read_scores(folder: str | Path) -> pd.DataFrame:
     """The scores in a folder, (N rows) sample_id and score, in the data set's order.
 
-    Raises FileNotFoundError if there is no score run, ValueError if it is not finished or a sample_id repeats.
+    Raises FileNotFoundError if there is no score run, ValueError if it is not finished, a file is damaged or a sample_id repeats.
     """
     folder = Path(folder)
     if not (folder / "identity.json").exists():
         raise FileNotFoundError(f"{folder} holds no scores (no identity.json); run score_dataset first")
-    expected = json.loads((folder / "identity.json").read_text())["samples"]
-    shards = [pd.read_parquet(path) for path in _shards(folder)]
-    frame = pd.concat(shards, ignore_index=True) if shards else pd.DataFrame({"sample_id": [], "score": []})
-    if len(frame) != expected:
-        raise ValueError(f"{folder} holds {len(frame)} of {expected} scores; run score_dataset again with the same arguments to finish it")
+    expected, paths = _read_identity(folder / "identity.json")["samples"], _shards(folder)
+    shards = [_read_shard(path) for path in paths]
+    held = sum(map(len, shards))
+    if held == expected and paths != [_shard_path(folder, shard) for shard in range(len(paths))]:
+        raise ValueError(f"{folder} holds {paths[-1].name}, one of {len(paths)} shards: some were renamed, so that their order is lost")
+    if held != expected:
+        raise ValueError(f"{folder} holds {held} of {expected} scores; run score_dataset again with the same arguments to finish it")
+    frame = pd.concat([shard.to_pandas() for shard in shards], ignore_index=True)
     _check_shard(frame)
     return frame
 
@@ -211,24 +368,42 @@ def _check_alone(norms_of: Callable[..., torch.Tensor], batch: dict, norms: torc
 def _sha256(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if torch.is_tensor(tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
+        else:  # what get_extra_state gave
+            digest.update(f"{name} {fingerprint(tensor, name=name)}".encode())
     return digest.hexdigest()
 
 
-def _settings_of(function: Callable) -> str:
-    """A function or callable object in words, with what its result depends on: plain settings, a partial's arguments, a function's code."""
-    if isinstance(function, partial):
-        return f"{_settings_of(function.func)}{function.args}{sorted(function.keywords.items())}"
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    if hasattr(function, "__code__"):
-        code = function.__code__
-        constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
-        return f"{name} {hashlib.sha256(code.co_code + repr((code.co_names, constants)).encode()).hexdigest()[:12]}"
-    plain = {key: value for key, value in getattr(function, "__dict__", {}).items() if isinstance(value, (int, float, str))}
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in sorted(plain.items()))})"
+def _identities(values: dict, known: dict, given: Mapping[str, str]) -> dict:
+    """`identity_of` each value, or what is given in its place. Raises NoIdentity with the way round."""
+    found = {}
+    for name, value in values.items():
+        try:
+            found |= {name: str(given[name])} if name in given else identity_of(value, name=name, known=known, modes=name != "modules")
+        except NoIdentity as error:
+            raise NoIdentity(
+                f"{error}; without knowing that, a folder of scores cannot be trusted to be those of this run. Give "
+                f"identity={{{name!r}: a text that you change whenever its numbers change}}, let the object have a __getstate__ that "
+                "leaves out what changes no number, or score without a folder"
+            ) from error
+    return found
 
 
+def _identity_of_run(model: torch.nn.Module, loss: Loss, collate: Callable, given: Mapping[str, str]) -> dict:
+    """What norms depend on besides the samples, as JSON."""
+    weights = model.state_dict()
+    kept = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name in weights}
+    layers = {id(module): f"the model's {name}" for name, module in model.named_modules()}
+    device = next(model.parameters()).device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "off"
+    numbers_in = {"default dtype": str(torch.get_default_dtype()), "autocast": autocast}
+    found = _identities({"modules": model}, kept, given) | _identities({"loss": loss, "collate": collate}, layers, given)
+    changed = {name: value for name, value in torch_state().items() if value}
+    return found | _identities({"torch": changed} if changed else {}, layers, given) | numbers_in | {"model": _sha256(dict(weights))}
+
+# %% ../nbs/22_scoring.ipynb #5a3c01d6
 def score_dataset(
     model: torch.nn.Module,
     loss: Loss,
@@ -239,6 +414,7 @@ def score_dataset(
     parameters: str | Sequence[str] = "*",
     dtype: torch.dtype | None = None,
     by_sample: str | Sequence[str] = (),
+    identity: Mapping[str, str] | None = None,
     batch_size: int = 32,
     shard_size: int = 4096,
     progress: bool = True,
@@ -247,38 +423,45 @@ def score_dataset(
 
     See `gradient_norms` for loss, parameters, dtype and by_sample, and `write_scores` for dataset, collate, folder and restarting. Without
     a folder nothing is kept on disk.
-    The folder is bound to the model's weights, the loss's code, the parameters, dtype and by_sample, and to the samples' contents.
+    The folder is bound to the model's weights, code, settings and hooks, to loss and collate with all that they read (`identity_of`), to
+    parameters, dtype and by_sample, and to the samples' contents.
+    identity: texts that stand for parts which have no identity of their own: "loss", "collate", "modules" (the model without its weights),
+    "contents" (the samples); other names are added.
     Raises ValueError as these do, and if a sample of the first batch has another norm alone than in that batch.
     """
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            options = dict(parameters=parameters, dtype=dtype, by_sample=by_sample)
-            options |= dict(batch_size=batch_size, shard_size=shard_size, progress=progress)
-            return score_dataset(model, loss, dataset, collate, temporary, **options)
-    device = next(model.parameters()).device
-    identity = {
-        "score": "gradient norm",
-        "model": _sha256(dict(model.state_dict())),
-        "loss": _settings_of(loss),
-        "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
-        "dtype": str(dtype or torch.float32),
-        "by_sample": [by_sample] if isinstance(by_sample, str) else list(by_sample),
-        "collate": _settings_of(collate),
-    }
+    count = _check_sizes(dataset, batch_size, shard_size)
     with evaluating(model):
-        scorer = model if dtype is None else copy.deepcopy(model).to(dtype)
-        norms_of = partial(gradient_norms, scorer, loss, parameters=parameters, by_sample=by_sample)
-        checked = False
+        score = _norms(model, loss, parameters=parameters, dtype=dtype, by_sample=by_sample)
+        if folder is None:
+            _check_known_ids(dataset)
+            with tqdm(total=count, desc="scoring", unit="sample", disable=not progress) as bar:
+                shards = [_scored(score, dataset, collate, rows, batch_size, bar) for rows in _cut(range(count), shard_size)]
+            scores = pd.concat(shards, ignore_index=True)
+            _check_shard(scores)
+            return scores
+        found = _identity_of_run(model, loss, collate, identity or {}) | {
+            "score": "gradient norm",
+            "parameters": [parameters] if isinstance(parameters, str) else list(parameters),
+            "dtype": str(dtype or torch.float32),
+            "by_sample": [by_sample] if isinstance(by_sample, str) else list(by_sample),
+        }
+        sizes = dict(batch_size=batch_size, shard_size=shard_size, progress=progress)
+        return write_scores(score, dataset, collate, folder, identity=found | dict(identity or {}), **sizes)
 
-        def score(batch: dict) -> torch.Tensor:
-            nonlocal checked
-            batch = to_device(batch if dtype is None else in_dtype(batch, dtype), device)
-            norms = norms_of(batch)
-            if not checked:
-                _check_alone(norms_of, batch, norms)
-                checked = True
-            return norms
 
-        return write_scores(
-            score, dataset, collate, folder, identity=identity, batch_size=batch_size, shard_size=shard_size, progress=progress
-        )
+def _norms(model: torch.nn.Module, loss: Loss, *, dtype: torch.dtype | None, **options) -> Callable[[dict], torch.Tensor]:
+    """batch -> norms; the first batch is checked."""
+    device = next(model.parameters()).device
+    norms_of = partial(gradient_norms, model if dtype is None else copy.deepcopy(model).to(dtype), loss, **options)
+    checked = False
+
+    def score(batch: dict) -> torch.Tensor:
+        nonlocal checked
+        batch = to_device(batch if dtype is None else in_dtype(batch, dtype), device)
+        norms = norms_of(batch)
+        if not checked:
+            _check_alone(norms_of, batch, norms)
+            checked = True
+        return norms
+
+    return score

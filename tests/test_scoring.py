@@ -1,11 +1,13 @@
 """Scores of a whole data set are the batches' norms, survive every kind of interruption, and are refused where they would mislead."""
 
+import errno
 import functools
 import gc
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import perceptron, points, residual, tiny_frame, tiny_pair
@@ -56,8 +59,8 @@ def stack(rows):
 SETTINGS = dict(batch_size=3, shard_size=8, progress=False)
 
 
-def score_points(folder, dataset=None, *, model=None, loss=residual, **changes):
-    return score_dataset(model or perceptron(), loss, Points() if dataset is None else dataset, stack, folder, **SETTINGS | changes)
+def score_points(folder, dataset=None, *, model=None, loss=residual, collate=stack, **changes):
+    return score_dataset(model or perceptron(), loss, Points() if dataset is None else dataset, collate, folder, **SETTINGS | changes)
 
 
 def contents(folder) -> dict[str, str]:
@@ -399,6 +402,455 @@ def test_progress_goes_to_standard_error(tmp_path, capfd):
     assert "22/22" in capfd.readouterr().err
     score_points(tmp_path / "second")
     assert capfd.readouterr() == ("", "")
+
+
+# --- what scores depend on ----------------------------------------------------------------------------------------------------------------
+
+
+def tempered(t):
+    """((m(x) - y) / t)^2, t in a closure."""
+    return lambda model, batch: ((model(batch["x"])[:, 0] - batch["y"]) / t) ** 2
+
+
+class Tempered:
+    """The same with t as a tensor of a callable object."""
+
+    def __init__(self, t):
+        self.t = torch.tensor(float(t))
+
+    def __call__(self, model, batch):
+        return tempered(self.t)(model, batch)
+
+
+def by_global(model, batch):
+    return tempered(TEMPERATURE)(model, batch)
+
+
+TEMPERATURE = 1
+
+
+def by_attribute_of_the_model(model, batch):
+    return tempered(model.temperature)(model, batch)
+
+
+def perceptron_with(change):
+    model = perceptron()
+    change(model)
+    return model
+
+
+def collator_that_multiplies(factor):
+    return lambda rows: stack(rows) | {"y": factor * torch.stack([row["y"] for row in rows])}
+
+
+OTHER_NUMBERS = {  # the key that the error names -> the run as a function of t
+    "loss: t (closure)": lambda t: dict(loss=tempered(t)),
+    "loss: t": lambda t: dict(loss=Tempered(t)),
+    "loss: its arguments": lambda t: dict(loss=functools.partial(lambda t, *given: tempered(t)(*given), t)),
+    "collate: factor (closure)": lambda t: dict(collate=collator_that_multiplies(t)),
+    "modules: temperature": lambda t: dict(
+        model=perceptron_with(lambda model: setattr(model, "temperature", t)), loss=by_attribute_of_the_model
+    ),
+    "modules: temperature (buffer)": lambda t: dict(
+        model=perceptron_with(lambda model: model.register_buffer("temperature", torch.tensor(float(t)), persistent=False)),
+        loss=by_attribute_of_the_model,
+    ),
+    "modules: _forward_hooks": lambda t: dict(
+        model=perceptron_with(lambda model: model.register_forward_hook(lambda module, given, output: output / t))
+    ),
+    "modules: 0 (layer)": lambda t: dict(model=perceptron_with(lambda model: model[0].weight.requires_grad_(t == 1))),
+}
+
+
+@pytest.mark.parametrize("key", OTHER_NUMBERS)
+def test_a_run_of_other_numbers_is_refused_the_folder_and_the_same_one_goes_on(key, tmp_path):
+    run = OTHER_NUMBERS[key]
+    with pytest.raises(InterruptedError):
+        score_points(tmp_path, Points(fails_at=12), **run(1))
+    with pytest.raises(ValueError, match=f"holds scores of another run .*{re.escape(key)} .* there, .* now"):
+        score_points(tmp_path, **run(10))
+    scores = score_points(tmp_path, **run(1))
+    pd.testing.assert_frame_equal(scores, score_points(None, **run(1)))
+    other = score_points(None, **run(10))
+    assert not np.allclose(scores["score"], other["score"], rtol=1e-3)
+
+
+def test_a_global_of_the_loss_is_part_of_the_run(tmp_path, monkeypatch):
+    score_points(tmp_path, loss=by_global)
+    monkeypatch.setattr(sys.modules[__name__], "TEMPERATURE", 10)
+    with pytest.raises(ValueError, match="another run .*loss: TEMPERATURE '1' there, '10' now"):
+        score_points(tmp_path, loss=by_global)
+
+
+def test_what_torch_does_otherwise_is_part_of_the_run(tmp_path):
+    score_points(tmp_path)
+    with (
+        torch.nn.modules.module.register_module_forward_hook(lambda module, given, output: output),
+        pytest.raises(ValueError, match="torch"),
+    ):
+        score_points(tmp_path)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="autocast 'off' there, 'torch.bfloat16' now"):
+        score_points(tmp_path)
+
+
+class NoState:
+    """An object that cannot be pickled."""
+
+    def __init__(self, t=1.0):
+        self.t = t
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("no")
+
+    def __call__(self, model, batch):
+        return tempered(self.t)(model, batch)
+
+
+def test_what_has_no_identity_needs_a_name_for_a_folder_and_none_without(tmp_path):
+    expected = score_points(None, loss=NoState())
+    way_on = r"^loss: an object of class test_scoring.NoState has no state .* Give identity=\{'loss': a text that you change whenever"
+    with pytest.raises(ValueError, match=way_on):
+        score_points(tmp_path / "scores", loss=NoState())
+    assert not (tmp_path / "scores").exists()
+    scores = score_points(tmp_path / "scores", loss=NoState(), identity={"loss": "first"})
+    pd.testing.assert_frame_equal(scores, expected)
+    pd.testing.assert_frame_equal(score_points(tmp_path / "scores", loss=NoState(), identity={"loss": "first"}), expected)
+    with pytest.raises(ValueError, match="another run .*loss 'first' there, 'second' now"):
+        score_points(tmp_path / "scores", loss=NoState(2.0), identity={"loss": "second"})
+
+
+def test_a_scorer_without_an_identity_given_is_known_by_what_it_reads(tmp_path):
+    def scorer(t):
+        return lambda batch: batch["x"].norm(dim=1) / t
+
+    for _ in range(2):
+        write_scores(scorer(1), Points(), stack, tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match=r"scorer: t \(closure\) '1' there, '2' now"):
+        write_scores(scorer(2), Points(), stack, tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match="another run .*collate"):
+        write_scores(scorer(1), Points(), collator_that_multiplies(2), tmp_path, **SETTINGS)
+
+
+def test_an_identity_that_is_given(tmp_path):
+    identity = {"nan": float("nan"), "pair": (1, 2)}
+    for _ in range(2):  # NaN is the same run's NaN, and a tuple comes back from JSON as a list
+        write_scores(lambda batch: batch["x"].norm(dim=1), Points(), stack, tmp_path, identity=identity, **SETTINGS)
+    with pytest.raises(ValueError, match="the identity must be a dict of texts, numbers and lists of these, got .*tensor"):
+        write_scores(lambda batch: batch["x"], Points(), stack, tmp_path, identity={"t": torch.ones(1)}, **SETTINGS)
+
+
+# --- samples ------------------------------------------------------------------------------------------------------------------------------
+
+
+class Listed:
+    """Samples by number, and nothing else."""
+
+    def __init__(self, rows):
+        self.rows = list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+
+def rows_of(dataset) -> list[dict]:
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def count_scored(folder, dataset, **options) -> int:
+    """How many batches were scored before the error that is expected."""
+    scored = []
+
+    def score(batch):
+        scored.append(batch)
+        return batch["x"].norm(dim=1)
+
+    with pytest.raises(ValueError, match="sample_id '.*' occurs twice; scores are keyed by sample_id"):
+        write_scores(score, dataset, stack, folder, **dict(identity={}) | SETTINGS | options)
+    return len(scored)
+
+
+def test_a_sample_id_that_occurs_twice_is_known_before_the_scoring_where_it_can_be(tmp_path):
+    names = [f"s{i:03d}" for i in range(22)]
+    names[20] = names[1]
+    twice = Points(sample_id=names)
+    shown = {
+        "columns": twice,
+        "list": rows_of(twice),
+        "subset": torch.utils.data.Subset(Points(), [*range(20), 3]),
+        "concatenation": torch.utils.data.ConcatDataset([rows_of(Points()), rows_of(Points())]),
+        "datasets": pytest.importorskip("datasets").Dataset.from_dict({"sample_id": names}),
+    }
+    for name, dataset in shown.items():
+        assert count_scored(tmp_path / name, dataset) == 0
+        assert not (tmp_path / name).exists()
+    assert count_scored(tmp_path / "hidden", Listed(rows_of(twice))) == 8  # all three shards
+    assert len(list((tmp_path / "hidden").glob("*.parquet"))) == 2  # but the one with the second occurrence is not written
+
+
+def test_a_lost_shard_may_not_repeat_what_a_later_one_holds(tmp_path):
+    rows = rows_of(Points())
+    write_scores(lambda batch: batch["x"].norm(dim=1), Listed(rows), stack, tmp_path, identity={}, **SETTINGS)
+    (tmp_path / "scores-00000.parquet").unlink()
+    rows[1] = rows[1] | {"sample_id": "s021"}
+    assert count_scored(tmp_path, Listed(rows)) == 3
+    assert not (tmp_path / "scores-00000.parquet").exists()
+
+
+def test_columns_that_are_not_the_samples_names_are_no_reason_to_refuse(tmp_path):
+    class Renamed(Points):
+        def __getitem__(self, row):
+            return super().__getitem__(row) | {"sample_id": f"r{row}"}
+
+    assert score_points(tmp_path, Renamed(sample_id=["one"] * 22))["sample_id"].tolist() == [f"r{row}" for row in range(22)]
+
+
+@pytest.mark.parametrize("sample_id", [None, float("nan"), object(), [1]], ids=str)
+def test_what_names_no_sample_is_refused(sample_id, tmp_path):
+    rows = rows_of(Points())
+    rows[5] = rows[5] | {"sample_id": sample_id}
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match="sample_id is .*, expected a text or a whole number that names the sample"):
+            score_points(folder, Listed(rows))
+
+
+def test_whole_numbers_name_samples(tmp_path):
+    for kind in (int, np.int64, torch.tensor):
+        rows = [row | {"sample_id": kind(i)} for i, row in enumerate(rows_of(Points()))]
+        assert score_points(tmp_path / kind.__name__, rows)["sample_id"].tolist() == [str(i) for i in range(22)]
+
+
+COLLATORS = {
+    "lost 's001'": lambda rows: stack(rows[:1] + rows[2:]),
+    "added 'new'": lambda rows: stack([*rows, rows[0] | {"sample_id": "new"}]),
+    "changed the order or number of samples": lambda rows: stack(rows[::-1]),
+    "changed the order": lambda rows: stack([*rows, rows[0]]),
+}
+
+
+@pytest.mark.parametrize("what", COLLATORS)
+def test_a_collator_that_loses_adds_or_moves_samples_is_refused(what, tmp_path):
+    for folder in (None, tmp_path):
+        with pytest.raises(
+            ValueError, match=f"the collator was given 3 samples and gave a batch of .*: it {what}.* keep all samples in their"
+        ):
+            score_points(folder, collate=COLLATORS[what])
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_collator_that_loses_the_names_is_refused():
+    for collate in (lambda rows: {"x": torch.ones(3)}, lambda rows: torch.ones(3)):
+        with pytest.raises(ValueError, match='the collator gave a batch without "sample_id"'):
+            score_points(None, collate=collate)
+
+
+def test_a_collator_may_change_what_it_is_given(tmp_path, uninterrupted):
+    def emptied(rows):
+        batch = stack(rows)
+        for row in rows:
+            row.clear()
+        return batch
+
+    for _ in range(2):
+        score_points(tmp_path, collate=emptied)
+    assert [name for name, data in contents(tmp_path).items() if data != uninterrupted[name]] == ["identity.json"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64])
+def test_samples_of_any_dtype_bind_the_folder(dtype, tmp_path):
+    rows = [row | {"extra": {"deep": [torch.tensor(1.0 + i).to(dtype)]}} for i, row in enumerate(rows_of(Points()))]
+
+    def collate(rows):
+        return stack([{name: row[name] for name in ("sample_id", "x", "y")} for row in rows])
+
+    for _ in range(2):
+        score_points(tmp_path, rows, collate=collate)
+    rows[3]["extra"]["deep"][0] = torch.tensor(9.0).to(dtype)
+    with pytest.raises(ValueError, match="samples 0 to 7 had other contents"):
+        score_points(tmp_path, rows, collate=collate)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.float64])
+def test_scores_of_any_dtype(dtype, tmp_path):
+    scores = write_scores(lambda batch: (batch["x"].norm(dim=1) * 8).to(dtype), Points(), stack, tmp_path, identity={}, **SETTINGS)
+    expected = (Points().columns["x"].norm(dim=1) * 8).to(dtype).double()
+    np.testing.assert_array_equal(scores["score"], expected)
+
+
+class WithAddress:
+    """An object whose repr holds its address."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_samples_that_print_their_address_or_cannot_be_read(tmp_path):
+    def collate(rows):
+        return stack([{name: row[name] for name in ("sample_id", "x", "y")} for row in rows])
+
+    def rows(value):
+        return [row | {"held": value(i)} for i, row in enumerate(rows_of(Points()))]
+
+    for _ in range(2):
+        score_points(tmp_path / "address", rows(WithAddress), collate=collate)
+    with pytest.raises(ValueError, match="had other contents"):
+        score_points(tmp_path / "address", rows(lambda i: WithAddress(i + 1)), collate=collate)
+    unread = rows(lambda i: (k for k in range(i)))
+    with pytest.raises(ValueError, match=r"^sample\['held'\]: .*generator .*identity=\{'contents'"):
+        score_points(tmp_path / "generator", unread, collate=collate)
+    assert not list((tmp_path / "generator").glob("*.parquet"))
+    for _ in range(2):
+        score_points(tmp_path / "generator", unread, collate=collate, identity={"contents": "first"})
+    with pytest.raises(ValueError, match="another run .*contents 'first' there, 'second' now"):
+        score_points(tmp_path / "generator", unread, collate=collate, identity={"contents": "second"})
+
+
+def test_a_dataset_of_datasets_gives_the_scores_of_its_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {name: value if name == "sample_id" else value.tolist() for name, value in Points().columns.items()}
+
+    def collate(rows):
+        return {name: [row[name] for row in rows] if name == "sample_id" else torch.tensor([row[name] for row in rows]) for name in columns}
+
+    expected = score_points(None)
+    plain = datasets.Dataset.from_dict(columns)
+    score_points(tmp_path, plain, collate=collate)
+    assert [type(value) for value in plain[0].values()] == [list, float, str]
+    pd.testing.assert_frame_equal(score_points(tmp_path, datasets.Dataset.from_dict(columns), collate=collate), expected)
+    with pytest.raises(ValueError, match="had other contents"):
+        score_points(tmp_path, plain.map(lambda row: {"y": row["y"] + 1}), collate=collate)
+    as_tensors = plain.with_format("torch", columns=["x", "y"], output_all_columns=True)
+    pd.testing.assert_frame_equal(score_points(tmp_path / "tensors", as_tensors, collate=stack), expected)
+    with pytest.raises(ValueError, match="dataset is a IterableDataset, expected samples by number, with len"):
+        score_points(None, plain.to_iterable_dataset(), collate=collate)
+    with pytest.raises(ValueError, match="dataset is a DataFrame, expected samples by number.*PairDataset"):
+        score_points(None, tiny_frame(3))
+
+
+def test_samples_are_read_at_once_where_the_data_set_can(tmp_path):
+    asked = []
+
+    class AtOnce(Points):
+        def __getitem__(self, row):
+            raise AssertionError("one by one")
+
+        def __getitems__(self, rows):
+            asked.append(len(rows))
+            return [Points.__getitem__(self, row) for row in rows]
+
+    pd.testing.assert_frame_equal(score_points(tmp_path, AtOnce()), score_points(None))
+    assert asked == [3, 3, 2, 3, 3, 2, 3, 3]
+
+
+# --- folders ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_thread_is_refused_the_folder(tmp_path):
+    scoring_now, go_on = threading.Event(), threading.Event()
+
+    def slowly(model, batch):
+        scoring_now.set()
+        assert go_on.wait(20)
+        return residual(model, batch)
+
+    options = dict(loss=slowly, identity={"loss": "slow"})
+    first = threading.Thread(target=score_points, args=[tmp_path], kwargs=options)
+    first.start()
+    try:
+        assert scoring_now.wait(20)
+        with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on .*; wait until that has ended, or choose another"):
+            score_points(tmp_path, **options)
+    finally:
+        go_on.set()
+        first.join()
+    pd.testing.assert_frame_equal(read_scores(tmp_path), score_points(None))
+    assert ".lock" not in contents(tmp_path)
+
+
+def test_a_finished_run_is_read_without_a_lock(tmp_path, monkeypatch):
+    expected = score_points(tmp_path)
+    monkeypatch.setattr(scoring, "locked", lambda folder: pytest.fail("a folder that nothing is written to was locked"))
+    pd.testing.assert_frame_equal(score_points(tmp_path), expected)
+
+
+def test_more_than_99_999_shards_stay_in_order(tmp_path, monkeypatch):
+    path_of = scoring._shard_path
+    monkeypatch.setattr(scoring, "_shard_path", lambda folder, shard: path_of(folder, shard + 99_998))
+    for _ in range(2):
+        scores = score_points(tmp_path, shard_size=6)
+        assert scores["sample_id"].tolist() == [f"s{i:03d}" for i in range(22)]
+    names = [f"scores-{shard}.parquet" for shard in (100000, 100001, 99998, 99999)]
+    assert sorted(contents(tmp_path)) == ["identity.json", *names]
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before_the_scoring(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    loss = lambda model, batch: pytest.fail("scored")  # noqa: E731
+    with pytest.raises(ValueError, match="cannot be written to .*; choose another folder"):
+        score_points(tmp_path / "file" / "scores", loss=loss)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100))
+    with pytest.raises(ValueError, match=r"a disk with 0.0 MB free, and up to .* MB are to be written there; make room"):
+        score_points(tmp_path / "scores", loss=loss)
+
+
+def test_a_disk_that_fills_up_leaves_whole_shards_only(tmp_path, monkeypatch, uninterrupted):
+    write = pq.write_table
+
+    def full(table, path):
+        if "00001" in path.name:
+            path.write_bytes(b"PAR1 half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(table, path)
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        score_points(tmp_path)
+    assert sorted(contents(tmp_path)) == ["identity.json", "scores-00000.parquet"]
+    monkeypatch.undo()
+    score_points(tmp_path)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_damaged_and_foreign_files_are_one_error(tmp_path):
+    score_points(tmp_path)
+    shard, identity = tmp_path / "scores-00001.parquet", tmp_path / "identity.json"
+    whole, text = shard.read_bytes(), identity.read_text()
+    for data, message in (
+        (whole[:-20], "scores-00001.parquet cannot be read .*; delete this file, and score_dataset computes it again"),
+        (b"", "scores-00001.parquet cannot be read"),
+        (None, "scores-00001.parquet holds a, not sample_id and score: it is not a shard of scores"),
+    ):
+        pd.DataFrame({"a": [1]}).to_parquet(shard) if data is None else shard.write_bytes(data)
+        for action in (read_scores, score_points):
+            with pytest.raises(ValueError, match=message):
+                action(tmp_path)
+    shard.unlink()
+    score_points(tmp_path)
+    assert shard.read_bytes() == whole
+    for data, message in (
+        ('{"samples": ', "identity.json cannot be read"),
+        ("[1]", "not that of a score run"),
+        ('{"a": 1}', "no number of"),
+    ):
+        identity.write_text(data)
+        for action in (read_scores, score_points):
+            with pytest.raises(ValueError, match=message):
+                action(tmp_path)
+    identity.write_text(text)
+    shard.rename(tmp_path / "scores-00007.parquet")
+    with pytest.raises(ValueError, match="holds scores-00007.parquet, one of 3 shards: some were renamed, so that their order is lost"):
+        read_scores(tmp_path)
+
+
+def test_the_bar_says_what_is_done(tmp_path, capfd):
+    with pytest.raises(InterruptedError):
+        score_points(tmp_path, Points(fails_at=12))
+    capfd.readouterr()
+    score_points(tmp_path, progress=True)
+    err = capfd.readouterr().err
+    assert err.index("checking finished samples") < err.index("scoring") and "22/22" in err
 
 
 # --- a sample and its batch -------------------------------------------------------------------------------------------------------------
