@@ -357,13 +357,24 @@ def test_a_step_that_is_not_finite_is_not_taken(run):
 
 
 @pytest.mark.parametrize("run", ["graph", "eager"])
-def test_a_batch_without_any_gradient_is_refused(run):
-    """A loss that is flat everywhere: no norm is above 0 and there is no share to give."""
-    plain = network()
-    start = [v.numpy() for v in plain.trainable_variables]
-    with pytest.raises(ValueError, match="all scores are zero" if run == "eager" else "NaN or infinite"):
-        weighted(plain=plain, loss=lambda y, p: 0 * p[:, 0], run=RUNS[run]).fit(*points(8), batch_size=8, verbose=0)
-    assert moved(plain, start) == 0
+def test_a_batch_without_any_gradient_trains_nothing(run):
+    """A hinge that the second batch is beyond: variables, moments and decay stay bit for bit; it is said once, and training goes on."""
+    (x, y), plain = points(24), network(decay=0.05)
+    y = 2 * y - 1
+    y[8:16] = 0  # a hinge of 0 has no slope
+    hinge = lambda y, p: tf.abs(y[:, 0]) * tf.nn.softplus(-y[:, 0] * p[:, 0])  # noqa: E731
+    model = weighted(plain=plain, loss=hinge, run=RUNS[run], optimizer=keras.optimizers.AdamW(0.05, weight_decay=0.1))
+    state = lambda: [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]  # noqa: E731
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append((state(), dict(logs))))
+    with pytest.warns(UserWarning, match="all norms of a batch of epoch 1, up to step 2, are zero") as told:
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[note])
+    assert sum("all norms" in str(warning.message) for warning in told) == 1
+    for before, after in ((0, 1), (3, 4)):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(seen[before][0], seen[after][0], strict=True))
+        assert seen[after][1]["largest_weight"] == seen[after][1]["effective_share"] == 0
+    assert all(max(np.abs(a - b).max() for a, b in zip(seen[k][0], seen[k + 1][0], strict=True)) > 1e-3 for k in (1, 2, 4))
+    assert all(np.isfinite(logs["loss"]) for _, logs in seen)
 
 
 def test_what_is_refused():
@@ -413,13 +424,13 @@ from recsys_importance.keras.training import ImportanceModel
 strategy, alone = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.get_strategy()
 
 
-def run(strategy, make, count, weighting, broken=None, given=False):
+def run(strategy, make, count, weighting, broken=None, given=False, check=False):
     x, y = points(count)
     if broken is not None:
         x[broken] = math.nan
     with strategy.scope():
         plain = network(decay=0.05)
-        model = ImportanceModel(plain.inputs, plain.outputs, weighting=weighting)
+        model = ImportanceModel(plain.inputs, plain.outputs, weighting=weighting, check=check)
         model.compile(make(), LOSS, metrics=[keras.metrics.BinaryAccuracy(threshold=0.0)], **GRAPH)
     start = [v.numpy() for v in plain.trainable_variables]
     parts = (x, y, np.linspace(0.5, 2, count).astype("float32")) if given else (x, y)
@@ -433,7 +444,7 @@ def run(strategy, make, count, weighting, broken=None, given=False):
 
 
 cases = {{
-    "even": (lambda: keras.optimizers.Adam(0.05), 16, Weighting(clip=2, anneal=(0.2, 0.8)), None, True),
+    "even": (lambda: keras.optimizers.Adam(0.05), 16, Weighting(clip=2, anneal=(0.2, 0.8)), None, True, None),
     "last of 5": (lambda: keras.optimizers.SGD(0.5, momentum=0.9), 21, Weighting(exponent=-1, clip=3)),
     "last of 1": (lambda: keras.optimizers.SGD(0.5), 17, Weighting()),
 }}

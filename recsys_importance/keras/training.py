@@ -34,6 +34,7 @@ from recsys_importance.keras.gradients import (
     _loss_of,
     _one_pass,
     _structure,
+    _tolerance,
     chosen_variables,
     gradient_norms_by_tape,
     sample_gradients,
@@ -64,9 +65,7 @@ class ImportanceModel(keras.Model):
     Source: article A, section 4.2.
     """
 
-    def __init__(
-        self, *args, weighting: Weighting | None = None, over: str | Sequence[str] = "*", check: bool | None = None, **kwargs
-    ):
+    def __init__(self, *args, weighting: Weighting | None = None, over: str | Sequence[str] = "*", check: bool | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.weighting, self.over, self.check = weighting or Weighting(), over, check
         if self.weighting.normalisation != "mean":
@@ -283,14 +282,19 @@ def score_dataset(
     options = dict(loss=loss, variables=variables)
     with locked(folder), tqdm(total=count, desc="scoring", unit="sample", disable=not progress) as bar:
         _claim(folder, identity)
-        score = _scorer(model, options, dataset, names, jit_compile, check)
+        score = _scorer(model, options, jit_compile, check)
         done = 0
         for shard, batches in enumerate(_sharded(dataset, shard_size)):
             path, size = folder / f"scores-{shard:05d}.parquet", sum(size for *_, size in batches)
             contents = hashlib.sha256("".join(print_of for _, print_of, _ in batches).encode()).hexdigest()
             if not path.exists():
-                scores = np.concatenate([score(batch, fingerprint) for batch, fingerprint, _ in batches])
-                _write(path, pd.DataFrame({"sample_id": pd.Series(names[done : done + size], dtype="str"), "score": scores}), contents)
+                if not shard:
+                    _check_order(dataset, batches[0][1])
+                scores = []
+                for batch, *_ in batches:
+                    scores.append(score(batch, names[done + sum(map(len, scores)) :]))
+                frame = pd.DataFrame({"sample_id": pd.Series(names[done : done + size], dtype="str"), "score": np.concatenate(scores)})
+                _write(path, frame, contents)
             elif pq.read_schema(path).metadata.get(_CONTENTS) != contents.encode():
                 raise ValueError(f"{folder} holds scores of another run: shard {shard} had other samples; choose another folder")
             done += size
@@ -323,8 +327,8 @@ def _sharded(dataset, shard_size: int) -> Iterator[list]:
         yield batches
 
 
-def _scorer(model, options: dict, dataset, names: list[str], jit_compile: bool, check: bool | None) -> Callable:
-    """A function (batch, its fingerprint) -> (B,) norms, the first of which it compares with a tape for each of two samples."""
+def _scorer(model, options: dict, jit_compile: bool, check: bool | None) -> Callable:
+    """A function (batch, names from its first sample on) -> (B,) norms; it compares the first two with a tape for each sample."""
 
     def norms_of(x, y, sample_weight=None):
         return sample_gradients(model, x, y, sample_weight, check=False, **options).norms
@@ -332,27 +336,25 @@ def _scorer(model, options: dict, dataset, names: list[str], jit_compile: bool, 
     compiled = tf.function(tf.autograph.experimental.do_not_convert(norms_of), jit_compile=jit_compile, reduce_retracing=True)
     seen = []
 
-    def score(batch: tuple, fingerprint: str) -> np.ndarray:
+    def score(batch: tuple, names: list[str]) -> np.ndarray:
         norms = compiled(*batch).numpy()
         if not seen:
-            _check_order(dataset, fingerprint)
             _check_alone(partial(gradient_norms_by_tape, model, **options), batch, norms, names)
         seen.append(_structure(batch))
         if check or (check is None and seen.count(seen[-1]) in _POWERS_OF_TEN):
-            _check_compiled(norms, sample_gradients(model, *batch, check=True, **options).norms.numpy())
+            _check_compiled(norms, sample_gradients(model, *batch, check=True, **options).norms.numpy(), names, *_tolerance(model)[:2])
         return norms
 
     return score
 
 
-def _check_compiled(norms: np.ndarray, eager: np.ndarray) -> None:
+def _check_compiled(norms: np.ndarray, eager: np.ndarray, names: list[str], relative: float, overall: float) -> None:
     """Raise ValueError if a compiled function does not give the norms that were checked."""
-    relative = 1e-6 if norms.dtype == np.float64 else 1e-3
-    off = np.abs(norms - eager) > relative * eager + 1e-5 * np.abs(eager[np.isfinite(eager)]).max(initial=0)
+    off = np.abs(norms - eager) > relative * eager + overall * eager[np.isfinite(eager)].max(initial=0)
     if off.any():
         first = int(np.argmax(off))
         raise ValueError(
-            f"the norm of sample {first} of a batch is {norms[first]:.6g} compiled and {eager[first]:.6g} run eagerly: the model or the "
+            f"the norm of sample {names[first]!r} is {norms[first]:.6g} compiled and {eager[first]:.6g} run eagerly: the model or the "
             "loss does not do the same in a tf.function. Use what does not depend on how it is run, or gradient_norms batch by batch"
         )
 
