@@ -1095,11 +1095,11 @@ def test_a_right_model_passes_in_any_precision(name):
             gradient_norms(swapped, *batch_of((3,), dtype="float32"), loss=squared, check=True)
 
 
-@pytest.mark.parametrize("run", ["eager", "graph", "xla"])
-def test_norms_of_what_cancels(run):
-    """Two nearly equal rows of opposite error, in float32: products lose what is left, the gradient written out does not."""
+@pytest.mark.parametrize(("run", "outputs"), [("eager", 6), ("eager", 1), ("graph", 6), ("xla", 6)])
+def test_norms_of_what_cancels(run, outputs):
+    """Two nearly equal rows of opposite error, in float32: little is left, by products (six outputs) as by matrix products (one)."""
     with policy("float32"):
-        model = alone(layers.Dense(6, use_bias=False), (2, 8))
+        model = alone(layers.Dense(outputs, use_bias=False), (2, 8))
         rng = np.random.default_rng(0)
         base, apart = rng.normal(size=(4, 1, 8)), np.array([0, 1e-4, 1e-3, 1.0])[:, None, None] * rng.normal(size=(4, 1, 8))
         x = np.concatenate([base, base + apart], 1).astype("float32")
@@ -1107,9 +1107,17 @@ def test_norms_of_what_cancels(run):
         norms = lambda x: gradient_norms(model, x, np.zeros(4, "float32"), loss=loss, check=True)  # noqa: E731
         found = (norms if run == "eager" else tf.function(norms, jit_compile=run == "xla"))(x).numpy()
     rows = x.astype(np.float64)
-    by_hand = np.linalg.norm(rows[:, 0] - rows[:, 1], axis=1) * np.sqrt(6)  # of each of six outputs the gradient is x_0 - x_1
+    by_hand = np.linalg.norm(rows[:, 0] - rows[:, 1], axis=1) * np.sqrt(outputs)  # of each output the gradient is x_0 - x_1
     np.testing.assert_allclose(found, by_hand, rtol=1e-5)
     assert found[0] == 0
+
+
+def test_norms_of_a_table_that_is_read_twice_and_cancels():
+    """The same two words in both places of a sample, in float32: what the one adds to a row the other takes away."""
+    with policy("float32"):
+        table = alone(layers.Embedding(9, 4), (2,), "int64")
+        found = gradient_norms(table, np.array([[3, 3], [3, 4]]), np.zeros(2), loss=lambda y, p: tf.reduce_sum(p[:, 0] - p[:, 1], 1))
+    np.testing.assert_allclose(found, [0, np.sqrt(8)], rtol=1e-6)
 
 
 def test_several_threads_score_one_model():

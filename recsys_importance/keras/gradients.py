@@ -306,7 +306,8 @@ def _own(a: Term, products: _Products):
             if length == 1:
                 return (tf.reduce_sum(_wide(left) ** 2, (1, 2)) * tf.reduce_sum(_wide(right) ** 2, (1, 2)),) * 2
             if length is not None and length * (p + d) > 2 * p * d:
-                return (tf.reduce_sum(tf.matmul(_wide(left), _wide(right), transpose_a=True) ** 2, (1, 2)),) * 2
+                square = tf.reduce_sum(tf.matmul(_wide(left), _wide(right), transpose_a=True) ** 2, (1, 2))
+                return square, tf.reduce_sum(tf.reduce_sum(_wide(left) ** 2, 2) * tf.reduce_sum(_wide(right) ** 2, 2), 1)
             both = products(left, left) * products(right, right)
         case Rows(index, values):
             both = products(values, values) * _same(index, index, _wide(values).dtype)
