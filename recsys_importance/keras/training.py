@@ -396,6 +396,8 @@ def _check_alone(by_tape: Callable, batch: tuple, norms: np.ndarray, names: list
 def _identity_of(model, loss) -> dict[str, str]:
     """A model and a loss in words and hashes."""
     known = {id(layer): f"layer {layer.path}" for layer in model._flatten_layers()} | {id(v): f"variable {v.path}" for v in model.variables}
+    held = [part for layer in model._flatten_layers() for value in (type(layer), _own_attributes(layer)) for part in _held_by(value)]
+    known |= {id(part): _apart(part, known) for part in held if id(part) not in known}
     layers = [_description(layer, known) for layer in model._flatten_layers()]
     return {
         "model": hashlib.sha256((_values_of(model.variables) + fingerprint(layers, name="the model", known=known)).encode()).hexdigest(),
@@ -454,17 +456,25 @@ def _held_by(value, depth: int = 4) -> list:
         read = inspect.getclosurevars(value)
         parts = _functions_of_modules([*read.nonlocals.values(), *read.globals.values()], value.__code__)
         parts += [*read.nonlocals.values(), *read.globals.values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, type):
+        parts = [] if _of_a_library(value) else [*vars(value).values(), *value.__bases__]
+    elif isinstance(value, property | staticmethod | classmethod):
+        parts = [value.fget if isinstance(value, property) else value.__func__]
     elif isinstance(value, dict):
         parts = list(value.values())
     elif isinstance(value, list | tuple | set):
         parts = list(value)
     else:
-        parts = list(getattr(value, "__dict__", {}).values()) if not isinstance(value, type | types.ModuleType) else []
+        parts = [] if isinstance(value, types.ModuleType) else list(getattr(value, "__dict__", {}).values())
     return [found for part in parts for found in _held_by(part, depth - 1)]
 
 
 def _is_theirs(value) -> bool:
-    return isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] in ("tensorflow", "keras", "keras_hub")
+    return isinstance(value, types.FunctionType) and _of_a_library(value)
+
+
+def _of_a_library(value) -> bool:
+    return (value.__module__ or "").partition(".")[0] in ("tensorflow", "keras", "keras_hub")
 
 
 def _functions_of_modules(values: list, code: types.CodeType, depth: int = 4) -> list:
@@ -484,9 +494,13 @@ def _description(part, known: dict) -> dict:
         config = json.dumps(part.get_config(), sort_keys=True, default=lambda value: type(value).__qualname__)
     except NotImplementedError:  # a subclassed model whose arguments cannot be written down
         config = ""
-    names = vars(part).keys() - _names_of_keras()
-    attributes = {name: plain for name in sorted(names) for plain in [_plain(vars(part)[name], known)] if plain is not None}
+    attributes = {name: _plain(value, known) for name, value in _own_attributes(part).items()}
     return {"class": type(part), "config": config, "attributes": attributes}
+
+
+def _own_attributes(part) -> dict:
+    """The attributes that Keras does not give every layer, in the order of their names."""
+    return {name: vars(part)[name] for name in sorted(vars(part).keys() - _names_of_keras())}
 
 
 @functools.cache
