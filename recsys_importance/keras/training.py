@@ -507,9 +507,9 @@ def _own_attributes(part) -> dict:
 def _names_of_keras() -> frozenset[str]:
     """Names of the attributes that Keras gives every layer, model and compiled model."""
     inputs = keras.Input((1,))
-    model = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+    model = keras.Model(inputs, keras.layers.Identity()(inputs))  # without weights, which would draw random numbers
     model.compile("sgd", "mse", jit_compile=False)
-    names = {name for layer in (model, model.layers[1], keras.Sequential([inputs])) for name in vars(layer)} - {"activation"}
+    names = {name for layer in (model, model.layers[1], keras.Sequential([inputs])) for name in vars(layer)}
     return frozenset(names | {"_functional", "_dtype", "_dtype_policy", "_path"})
 
 
