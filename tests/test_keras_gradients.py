@@ -1,6 +1,7 @@
 """Keras gradients against one tape per sample written here: every layer with a rule, KerasHub's BERT, losses, XLA, and what is refused."""
 
 import contextlib
+import threading
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from recsys_importance.keras.gradients import (
     Outer,
     Rows,
     Whole,
+    _Certificate,
     check_norms,
     chosen_variables,
     gradient_norms,
@@ -104,6 +106,18 @@ LAYERS = {
     "layer norm, axes of which some": (lambda: layers.LayerNormalization(axis=[1, 3]), (3, 2, 4)),
     "layer norm without center": (lambda: layers.LayerNormalization(center=False), (3, 4)),
     "layer norm without scale": (lambda: layers.LayerNormalization(scale=False), (3, 4)),
+    "layer norm by the deviation": (lambda: layers.LayerNormalization(rms_scaling=True), (3, 4)),
+    "root mean square": (lambda: layers.RMSNormalization(epsilon=0.1), (5,)),
+    "root mean square, two axes": (lambda: layers.RMSNormalization(axis=[1, 2]), (3, 4)),
+    "root mean square of KerasHub": (lambda: hub().layers.RMSNormalization(4), (3, 4)),
+    "group norm": (lambda: layers.GroupNormalization(2), (3, 4)),
+    "group norm, inner axis": (lambda: layers.GroupNormalization(2, axis=1, epsilon=0.1), (4, 3)),
+    "group norm, each alone": (lambda: layers.GroupNormalization(-1, center=False), (2, 3, 4)),
+    "parametric relu": (lambda: layers.PReLU(), (3, 4)),
+    "parametric relu, shared": (lambda: layers.PReLU(shared_axes=[1]), (3, 4)),
+    "conv 2-D, valid": (lambda: layers.Conv2D(4, (2, 3)), (4, 5, 2)),
+    "conv 2-D, same, strides": (lambda: layers.Conv2D(3, 2, strides=2, padding="same", activation="tanh"), (5, 4, 2)),
+    "conv 2-D, dilated": (lambda: layers.Conv2D(2, 2, dilation_rate=(1, 2), use_bias=False), (3, 5, 2)),
     "conv, valid": (lambda: layers.Conv1D(4, 3), (7, 2)),
     "conv, same": (lambda: layers.Conv1D(4, 3, padding="same"), (7, 2)),
     "conv, same, even kernel": (lambda: layers.Conv1D(4, 4, padding="same", use_bias=False), (6, 2)),
@@ -165,7 +179,8 @@ def alone(layer, shape, dtype=None):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer(name):
     make, shape = LAYERS[name]
-    agrees(alone(make(), shape), *batch_of(shape), wavy)
+    tolerance = 1e-6 if name.endswith("KerasHub") else 1e-10  # which computes in float32 under any policy
+    agrees(alone(make(), shape), *batch_of(shape), wavy, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda given: given if isinstance(given, str) else type(given).__name__)
@@ -216,6 +231,33 @@ def test_a_table_that_is_read_both_ways(tied):
     table = layers.ReversibleEmbedding(6, 3, tie_weights=tied)
     model = keras.Model(ids, table(layers.Dense(3, activation="tanh")(table(ids)), reverse=True))
     agrees(randomised(model), np.array([[0, 1, 1, 5], [2, 2, 2, 2], [3, 4, 0, 3]]), batch_of(())[1], wavy)
+
+
+ADAPTED = {
+    "dense": (lambda: layers.Dense(4, activation="tanh", lora_rank=2, lora_alpha=3), (3, 5), "float64"),
+    "einsum": (lambda: layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de", lora_rank=2, lora_alpha=1), (4, 5), "float64"),
+    "table": (lambda: layers.Embedding(5, 4, lora_rank=2), (6,), "int64"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_layers_with_lora(name):
+    """Keras keeps the factors in float32 under any policy."""
+    make, shape, dtype = ADAPTED[name]
+    model, (x, y) = alone(make(), shape, dtype), batch_of(shape)
+    assert {v.name.rpartition("_")[2] for v in model.trainable_variables} >= {"a", "b"}
+    x = np.random.default_rng(0).integers(0, 5, (3, *shape)) if dtype == "int64" else x
+    agrees(model, x, y, wavy, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_for_masked_tokens(tied):
+    ids, places = keras.Input((5,), dtype="int32"), keras.Input((2,), dtype="int32")
+    table = hub().layers.ReversibleEmbedding(7, 4)
+    head = hub().layers.MaskedLMHead(**({"token_embedding": table} if tied else {"vocabulary_size": 7}), activation="softmax")
+    model = randomised(keras.Model([ids, places], head(layers.Dense(4, activation="tanh")(table(ids)), mask_positions=places)))
+    rng = np.random.default_rng(0)
+    agrees(model, [rng.integers(0, 7, (3, 5)), np.array([[0, 3], [4, 1], [2, 2]])], batch_of(())[1], wavy)
 
 
 # Models -----------------------------------------------------------------------------------------------------------------------------------
@@ -745,10 +787,19 @@ REFUSED = {
     "no loss for any output": (lambda: functional(), {"loss": [None]}, r"expected a loss for an output; there are \['last'\]"),
     "norm with axes in disorder": (lambda: with_layers(layers.Reshape((3, 1)), layers.LayerNormalization(axis=[1, -1])), {}, (
         r"expected a LayerNormalization of axes in their order .*, got \[-1, 1\]")),
-    "root mean square": (lambda: with_layers(layers.LayerNormalization(rms_scaling=True)), {}, (
-        "expected a LayerNormalization without rms_scaling")),
+    "a call of the instance's own": (lambda: doubled_on_the_instance(), {}, (
+        r"no rule for the variables kernel, bias of layer .* \(Dense\) whose call was replaced on the instance")),
+    "group norm of the samples": (lambda: with_layers(layers.GroupNormalization(1, axis=0)), {}, (
+        "")),
     "rule of a parent whose call is another": (lambda: with_layers(Doubled(2)), {}, "no rule for the variables kernel, bias of layer"),
 }  # fmt: skip
+
+
+def doubled_on_the_instance():
+    model = with_layers(layers.Dense(2))
+    call = model.layers[0].call
+    model.layers[0].call = lambda x: 2 * call(x)
+    return model
 
 
 class Doubled(layers.Dense):
@@ -861,6 +912,240 @@ def test_nan_names_the_first_sample():
         check_norms(sample_gradients(model, x, y, loss=squared).norms, list("abcde"))
     found = tf.function(lambda x, y: gradient_norms(model, x, y, loss=squared))(x, y)
     assert np.isnan(found).tolist() == [False, False, True, False, True]
+
+
+# The certificate --------------------------------------------------------------------------------------------------------------------------
+
+
+class TwoLayers(keras.Model):
+    """Two Dense layers, between which a subclass does what no engine that reads layers can see."""
+
+    def __init__(self, shape=(3,)):
+        super().__init__()
+        self.first, self.last = layers.Dense(4, activation="tanh"), layers.Dense(1)
+        self(np.ones((2, *shape)))
+        randomised(self)
+
+    def call(self, x):
+        return self.last(self.first(x))
+
+
+class Sorting(TwoLayers):
+    def call(self, x):
+        order = tf.argsort(x[:, 0])
+        return tf.gather(self.last(self.first(tf.gather(x, order))), tf.argsort(order))
+
+
+class Flipping(TwoLayers):
+    def call(self, x):
+        return tf.reverse(self.last(self.first(tf.reverse(x, [0]))), [0])
+
+
+class PositionsFirst(TwoLayers):
+    def __init__(self):
+        super().__init__((5, 3))
+
+    def call(self, x):
+        return self.last(tf.reduce_sum(self.first(tf.transpose(x, (1, 0, 2))), 0))
+
+
+class Outside(TwoLayers):
+    def call(self, x):
+        return self.last(self.first(x)) + tf.reduce_sum(self.first.kernel.value) * x[:, :1]
+
+
+class OtherVariables(TwoLayers):
+    def call(self, x):
+        if not self.first.built:
+            self.first.build(x.shape)
+        return self.last(self.first.stateless_call([2 * v.value for v in self.first.trainable_variables], [], x)[0])
+
+
+class OverTheBatch(TwoLayers):
+    def __init__(self):
+        keras.Model.__init__(self)
+        self.norm = layers.BatchNormalization(center=False, scale=False)
+        TwoLayers.__init__(self)
+
+    def call(self, x, training=False):
+        return self.last(self.norm(self.first(x), training=training))
+
+
+class SharedPositions(keras.Model):
+    """A table of positions that is read once for all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.places, self.last = layers.Embedding(5, 4), layers.Embedding(9, 4), layers.Dense(1)
+        self(np.ones((2, 3), dtype="int32"))
+        randomised(self)
+
+    def call(self, ids):
+        return self.last(tf.reduce_sum(tf.sin(self.table(ids) + self.places(tf.range(tf.shape(ids)[1]))), 1))
+
+
+def with_penalty(y, predictions):
+    """A loss that runs the model once more and differentiates it."""
+    model, x = with_penalty.given
+    x = tf.convert_to_tensor(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        value = tf.reduce_sum(model(x))
+    return squared(y, predictions) + tf.reduce_sum(tape.gradient(value, x) ** 2, 1)
+
+
+HOSTILE = {
+    "sorted and sorted back": (Sorting, (3,), squared),
+    "flipped and flipped back": (Flipping, (3,), squared),
+    "positions first, as many as samples": (PositionsFirst, (5, 3), squared),
+    "a variable outside its layer": (Outside, (3,), squared),
+    "a call with other variables": (OtherVariables, (3,), squared),
+    "normalised over the batch, nothing trained there": (OverTheBatch, (3,), squared),
+    "positions of all samples, as many as samples": (SharedPositions, (5,), squared),
+    "a gradient inside the loss": (TwoLayers, (3,), with_penalty),
+    "a loss of the batch's mean": (TwoLayers, (3,), lambda y, p: (p[:, 0] - tf.reduce_mean(p) - y[:, 0]) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_layers_do_not_show_is_one_error(name):
+    """Five samples; the norms are wrong, and without the check nothing says so."""
+    make, shape, loss = HOSTILE[name]
+    model, (x, y) = make(), batch_of(shape, count=5)
+    x = x if name[:9] != "positions" or len(shape) > 1 else np.random.default_rng(0).integers(0, 5, (5, 5))
+    with_penalty.given, options = (model, x), {"training": True} if make is OverTheBatch else {}
+    silent = gradient_norms(model, x, y, loss=loss, check=False, **options).numpy()
+    for call in (gradient_norms, sample_gradients):
+        with pytest.raises(ValueError, match=r"gradient of this batch is not TensorFlow's for \d of \d variables: .* by .*its length"):
+            call(model, x, y, loss=loss, check=True, **options)
+    assert np.isfinite(silent).all()
+    assert np.isnan(tf.function(lambda x, y: gradient_norms(model, x, y, loss=loss, check=True, **options))(x, y)).all()
+
+
+def test_a_check_names_the_variable_and_how_far_it_is_off():
+    """x W + sum(W): the engine has x of the derivative x + 1 of W, at x = 2 two thirds of it."""
+    model = Outside.__new__(Outside)
+    keras.Model.__init__(model)
+    model.first, model.last = layers.Dense(1, use_bias=False, name="inner"), layers.Activation("linear")
+    model(np.ones((1, 1)))
+    with pytest.raises(ValueError, match=r"for 1 of 1 variables: .*inner/kernel by 0\.5 of its length"):
+        gradient_norms(model, np.full((3, 1), 1.0), np.zeros(3), loss=lambda y, p: p[:, 0])  # x[:, :1] is 1, too
+
+
+def checked(monkeypatch, model, calls):
+    """How many of the calls were checked."""
+    count, require = [], _Certificate.require
+    monkeypatch.setattr(_Certificate, "require", lambda self: (count.append(1), require(self)))
+    found = []
+    for call in calls:
+        before = len(count)
+        call(model)
+        found.append(len(count) - before)
+    return found
+
+
+def test_the_schedule_of_checks(monkeypatch):
+    """The first, the tenth, and when shapes, loss or mode are new; a bool decides otherwise."""
+    (x, y), model = batch_of((3,)), perceptron()
+    one = lambda model: gradient_norms(model, x, y, loss=squared)  # noqa: E731
+    assert checked(monkeypatch, model, [one] * 12) == [1, *[0] * 8, 1, 0, 0]
+    more = [
+        lambda model: gradient_norms(model, x[:2], y[:2], loss=squared),  # as many samples as nothing else
+        lambda model: gradient_norms(model, x[:1], y[:1], loss=squared),
+        lambda model: gradient_norms(model, x, y, loss=wavy),
+        lambda model: gradient_norms(model, x, y, loss=squared, training=True),
+        lambda model: gradient_norms(model, x, y, loss=squared, check=False),
+        lambda model: gradient_norms(model, x, y, loss=squared, check=True),
+    ]
+    assert checked(monkeypatch, perceptron(), [one, *more, more[-1], one]) == [1, 1, 1, 1, 1, 0, 1, 1, 0]
+
+
+def test_a_tf_function_that_nobody_checked_says_so():
+    (x, y), model = batch_of((3,)), perceptron()
+    norms = tf.function(lambda x, y: gradient_norms(model, x, y, loss=squared))
+    with pytest.warns(UserWarning, match="this tf.function takes gradients of samples unchecked"):
+        found = norms(x, y)
+    np.testing.assert_allclose(found, gradient_norms(model, x, y, loss=squared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tf.function(lambda x, y: gradient_norms(model, x[:2], y[:2], loss=squared))(x, y)
+
+
+def test_a_check_leaves_state_as_a_step_without_it_does():
+    """Moving averages, and the dropout that comes next."""
+    (x, y), ends = batch_of((3,), count=6), []
+    for check in (True, False):
+        keras.utils.set_random_seed(0)
+        model = with_layers(layers.BatchNormalization(trainable=False), layers.Dropout(0.5, seed=1), layers.Dense(4, activation="tanh"))
+        norms = [gradient_norms(model, x, y, loss=squared, training=True, check=check).numpy() for _ in range(2)]
+        ends.append([*norms, *(np.asarray(v.value) for v in model.variables)])
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*ends, strict=True))
+    assert not np.array_equal(ends[0][0], ends[0][1])
+
+
+@pytest.mark.parametrize("name", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_right_model_passes_in_any_precision(name):
+    with policy(name, "float32"):
+        model, (x, y) = bert(), tokens(count=4)
+        for scale in (1.0, 1e-12):
+            loss = lambda y, p, scale=scale: scale * wavy(y, p)  # noqa: E731
+            gradient_norms(model, x, y.astype("float32"), loss=loss, check=True)
+        swapped = Flipping()
+        with pytest.raises(ValueError, match="is not TensorFlow's"):
+            gradient_norms(swapped, *batch_of((3,), dtype="float32"), loss=squared, check=True)
+
+
+@pytest.mark.parametrize(("run", "outputs"), [("eager", 6), ("eager", 1), ("graph", 6), ("xla", 6)])
+def test_norms_of_what_cancels(run, outputs):
+    """Two nearly equal rows of opposite error, in float32: little is left, by products (six outputs) as by matrix products (one)."""
+    with policy("float32"):
+        model = alone(layers.Dense(outputs, use_bias=False), (2, 8))
+        rng = np.random.default_rng(0)
+        base, apart = rng.normal(size=(4, 1, 8)), np.array([0, 1e-4, 1e-3, 1.0])[:, None, None] * rng.normal(size=(4, 1, 8))
+        x = np.concatenate([base, base + apart], 1).astype("float32")
+        loss = lambda y, p: tf.reduce_sum(p[:, 0] - p[:, 1], 1)  # noqa: E731
+        norms = lambda x: gradient_norms(model, x, np.zeros(4, "float32"), loss=loss, check=True)  # noqa: E731
+        found = (norms if run == "eager" else tf.function(norms, jit_compile=run == "xla"))(x).numpy()
+    rows = x.astype(np.float64)
+    by_hand = np.linalg.norm(rows[:, 0] - rows[:, 1], axis=1) * np.sqrt(outputs)  # of each output the gradient is x_0 - x_1
+    np.testing.assert_allclose(found, by_hand, rtol=1e-5)
+    assert found[0] == 0
+
+
+def test_norms_of_a_table_that_is_read_twice_and_cancels():
+    """The same two words in both places of a sample, in float32: what the one adds to a row the other takes away."""
+    with policy("float32"):
+        table = alone(layers.Embedding(9, 4), (2,), "int64")
+        found = gradient_norms(table, np.array([[3, 3], [3, 4]]), np.zeros(2), loss=lambda y, p: tf.reduce_sum(p[:, 0] - p[:, 1], 1))
+    np.testing.assert_allclose(found, [0, np.sqrt(8)], rtol=1e-6)
+
+
+def test_several_threads_score_one_model():
+    """Each thread's norms are those of its own batch; a plain call in between is not noted."""
+    model = bert(num_layers=1)
+    batches = [tokens(count=3 + k, length=5 + k) for k in range(3)]
+    expected = [gradient_norms(model, x, y, loss=wavy).numpy() for x, y in batches]
+    found, faults = [[] for _ in batches], []
+
+    def score(k):
+        try:
+            for _ in range(4):
+                found[k].append(gradient_norms(model, *batches[k], loss=wavy).numpy())
+                model(batches[k][0])
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=score, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    for k, norms in enumerate(found):
+        assert len(norms) == 4
+        for each in norms:
+            np.testing.assert_allclose(each, expected[k], rtol=1e-12)
+    assert all("call" not in vars(layer) for layer in model._flatten_layers())
 
 
 # Rules of one's own -----------------------------------------------------------------------------------------------------------------------

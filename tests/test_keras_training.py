@@ -357,13 +357,24 @@ def test_a_step_that_is_not_finite_is_not_taken(run):
 
 
 @pytest.mark.parametrize("run", ["graph", "eager"])
-def test_a_batch_without_any_gradient_is_refused(run):
-    """A loss that is flat everywhere: no norm is above 0 and there is no share to give."""
-    plain = network()
-    start = [v.numpy() for v in plain.trainable_variables]
-    with pytest.raises(ValueError, match="all scores are zero" if run == "eager" else "NaN or infinite"):
-        weighted(plain=plain, loss=lambda y, p: 0 * p[:, 0], run=RUNS[run]).fit(*points(8), batch_size=8, verbose=0)
-    assert moved(plain, start) == 0
+def test_a_batch_without_any_gradient_trains_nothing(run):
+    """A hinge that the second batch is beyond: variables, moments and decay stay bit for bit; it is said once, and training goes on."""
+    (x, y), plain = points(24), network(decay=0.05)
+    y = 2 * y - 1
+    y[8:16] = 0  # a hinge of 0 has no slope
+    hinge = lambda y, p: tf.abs(y[:, 0]) * tf.nn.softplus(-y[:, 0] * p[:, 0])  # noqa: E731
+    model = weighted(plain=plain, loss=hinge, run=RUNS[run], optimizer=keras.optimizers.AdamW(0.05, weight_decay=0.1))
+    state = lambda: [v.numpy() for v in (*model.trainable_variables, *model.optimizer.variables)]  # noqa: E731
+    seen = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append((state(), dict(logs))))
+    with pytest.warns(UserWarning, match="all norms of a batch of epoch 1, up to step 2, are zero") as told:
+        model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[note])
+    assert sum("all norms" in str(warning.message) for warning in told) == 1
+    for before, after in ((0, 1), (3, 4)):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(seen[before][0], seen[after][0], strict=True))
+        assert seen[after][1]["largest_weight"] == seen[after][1]["effective_share"] == 0
+    assert all(max(np.abs(a - b).max() for a, b in zip(seen[k][0], seen[k + 1][0], strict=True)) > 1e-3 for k in (1, 2, 4))
+    assert all(np.isfinite(logs["loss"]) for _, logs in seen)
 
 
 def test_what_is_refused():
@@ -413,13 +424,13 @@ from recsys_importance.keras.training import ImportanceModel
 strategy, alone = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), tf.distribute.get_strategy()
 
 
-def run(strategy, make, count, weighting, broken=None, given=False):
+def run(strategy, make, count, weighting, broken=None, given=False, check=False):
     x, y = points(count)
     if broken is not None:
         x[broken] = math.nan
     with strategy.scope():
         plain = network(decay=0.05)
-        model = ImportanceModel(plain.inputs, plain.outputs, weighting=weighting)
+        model = ImportanceModel(plain.inputs, plain.outputs, weighting=weighting, check=check)
         model.compile(make(), LOSS, metrics=[keras.metrics.BinaryAccuracy(threshold=0.0)], **GRAPH)
     start = [v.numpy() for v in plain.trainable_variables]
     parts = (x, y, np.linspace(0.5, 2, count).astype("float32")) if given else (x, y)
@@ -433,7 +444,7 @@ def run(strategy, make, count, weighting, broken=None, given=False):
 
 
 cases = {{
-    "even": (lambda: keras.optimizers.Adam(0.05), 16, Weighting(clip=2, anneal=(0.2, 0.8)), None, True),
+    "even": (lambda: keras.optimizers.Adam(0.05), 16, Weighting(clip=2, anneal=(0.2, 0.8)), None, True, None),
     "last of 5": (lambda: keras.optimizers.SGD(0.5, momentum=0.9), 21, Weighting(exponent=-1, clip=3)),
     "last of 1": (lambda: keras.optimizers.SGD(0.5), 17, Weighting()),
 }}
@@ -747,3 +758,119 @@ def test_what_fine_tuning_refuses(pair):
         tune(pair, changed(metric="spearman"))
     for a, b in zip(start, pair.model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# Checks in the run itself ----------------------------------------------------------------------------------------------------------------
+
+
+def over_the_batch():
+    """A network that normalises over the batch while it trains, with nothing trained in the normalisation."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((3,))
+    h = keras.layers.BatchNormalization(center=False, scale=False)(keras.layers.Dense(5, activation="tanh")(inputs))
+    return keras.Model(inputs, keras.layers.Dense(1)(keras.layers.Dropout(0.2, seed=1)(h)))
+
+
+def everything(model):
+    return [np.asarray(v.value) for v in model.variables]
+
+
+@pytest.mark.parametrize("run", ["graph", "eager"])
+@pytest.mark.parametrize("data", ["arrays", "data set", "one batch"])
+def test_fit_refuses_samples_that_mix_before_anything_moves(run, data):
+    plain, (x, y) = over_the_batch(), points(16)
+    before, model = everything(plain), weighted(plain=plain, run=RUNS[run])
+    with pytest.raises(ValueError, match="the engine's gradient of this batch is not TensorFlow's for .*mixes or moves the samples"):
+        if data == "one batch":
+            model.train_on_batch(x, y)
+        else:
+            model.fit(*((x, y) if data == "arrays" else (rows_of(x, y),)), verbose=0)
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(before, everything(plain), strict=True))
+    if run == "graph" and data == "arrays":
+        silent = weighted(plain=plain, check=False)
+        silent.fit(x, y, verbose=0)  # what the check is for
+        assert any(a.tobytes() != b.tobytes() for a, b in zip(before, everything(plain), strict=True))
+
+
+def test_checks_come_at_the_first_and_tenth_step_and_change_nothing(monkeypatch):
+    """With dropout: variables, seeds and the order of batches end bit for bit as without checks."""
+    from recsys_importance.keras import training
+
+    steps, ends, of_one_pass = [], [], training._one_pass
+    monkeypatch.setattr(training, "_one_pass", lambda *args, **options: (steps.append(1), of_one_pass(*args, **options))[1])
+    x, y = points(48)
+    for check, count in ((None, 2), (False, 0)):
+        steps.clear()
+        model = weighted(plain=network(dropout=0.3), check=check, optimizer=keras.optimizers.Adam(0.05))
+        rows = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(48, seed=1).batch(8)
+        keras.utils.set_random_seed(5)
+        model.fit(rows, epochs=2, verbose=0)
+        assert len(steps) == count
+        ends.append(everything(model))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(*ends, strict=True))
+
+
+def test_scoring_checks_batches_in_their_own_function(monkeypatch):
+    """A loss of the batch's mean passes for the first two samples where their batch is theirs alone, and is caught in a larger one."""
+    plain, (x, y) = network(), points(24)
+    mixing = lambda y, p: tf.square(p[:, 0] - tf.reduce_mean(p) - y[:, 0])  # noqa: E731
+    monkeypatch.setattr("recsys_importance.keras.training._check_alone", lambda *_: None)
+    with pytest.raises(ValueError, match="the engine's gradient of this batch is not TensorFlow's"):
+        scored(plain, rows_of(x, y), loss=mixing)
+    assert np.isfinite(scored(plain, rows_of(x, y), loss=mixing, check=False)["score"]).all()
+    otherwise = lambda y, p: (2.0 if tf.executing_eagerly() else 1.0) * tf.square(p[:, 0] - y[:, 0])  # noqa: E731
+    with pytest.raises(ValueError, match="the norm of sample '.*' is .* compiled and .* run eagerly"):
+        scored(plain, rows_of(x, y), loss=otherwise)
+
+
+STRENGTH = 1.0
+
+
+def test_a_folder_is_bound_to_all_that_a_loss_reads(tmp_path):
+    """Closure, defaults, globals, arguments, a teacher, a variable; the same code made anew goes on."""
+    plain, (x, y), teacher = network(), points(8), network()
+    own = tf.Variable(1.0)
+
+    def loss_of(t=1.0, strength=1.0, factor=None):
+        globals()["STRENGTH"] = strength
+        return lambda y, p, scale=t: STRENGTH * tf.math.square(p[:, 0] - teacher(y * tf.ones((1, 3)))[:, 0] * own) / (factor or scale)
+
+    scored(plain, rows_of(x, y), None, tmp_path, loss=loss_of())
+    scored(plain, rows_of(x, y), None, tmp_path, loss=loss_of())
+    for other in (dict(t=2.0), dict(strength=2.0), dict(factor=3.0)):
+        with pytest.raises(ValueError, match="scores of another run"):
+            scored(plain, rows_of(x, y), None, tmp_path, loss=loss_of(**other))
+    for variable in (own, teacher.trainable_variables[0]):
+        kept = np.asarray(variable)
+        variable.assign(kept + 1)
+        with pytest.raises(ValueError, match="scores of another run"):
+            scored(plain, rows_of(x, y), None, tmp_path, loss=loss_of())
+        variable.assign(kept)
+    scored(plain, rows_of(x, y), None, tmp_path, loss=loss_of())
+
+
+class Scaled(keras.layers.Layer):
+    """x over a number that is no weight and not in the configuration."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._over = 1.0
+
+    def call(self, x):
+        return x / self._over
+
+
+def test_a_folder_is_bound_to_what_the_layers_are_set_to(tmp_path):
+    plain, (x, y) = network(), points(8)
+    scaled, relu = Scaled(), keras.layers.LeakyReLU(0.1)
+    model = keras.Model(plain.inputs, relu(scaled(plain.outputs[0])))
+    scored(model, rows_of(x, y), None, tmp_path)
+    model.compile("sgd", "mse")  # is none of it
+    scored(model, rows_of(x, y), None, tmp_path)
+    for layer, name in ((scaled, "_over"), (relu, "negative_slope")):
+        kept = getattr(layer, name)
+        setattr(layer, name, 0.5)
+        with pytest.raises(ValueError, match="scores of another run"):
+            scored(model, rows_of(x, y), None, tmp_path)
+        setattr(layer, name, kept)
+    scored(model, rows_of(x, y), None, tmp_path)

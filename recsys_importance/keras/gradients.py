@@ -5,13 +5,19 @@
 # %% ../../nbs/33_keras_gradients.ipynb #64aef448
 from __future__ import annotations
 
+import contextlib
 import copy
 import fnmatch
 import string
+import threading
+import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 from .start import keras, tf
 
@@ -65,6 +71,8 @@ def rule(kind: type[keras.layers.Layer] | str) -> Callable[[Rule], Rule]:
 
 
 def _rule_for(layer) -> Rule | None:
+    if "call" in vars(layer) and id(layer) not in _WATCHED:
+        return None  # a call of the instance's own, which no rule knows
     for kind in type(layer).__mro__:
         found = RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None and type(layer).call is kind.call:
@@ -86,7 +94,17 @@ def _positions(x):
 @rule(keras.layers.Dense)
 def _dense(layer, arguments, e):
     x, e = _positions(arguments[0]), _positions(e)
-    return {"kernel": Outer(x, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
+    terms = {"kernel": Outer(x, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
+    if layer.lora_enabled:
+        a, b, scale = _adapter(layer.lora_kernel_a, layer.lora_kernel_b, layer, e.dtype)
+        terms["lora_kernel_a"] = Outer(x, tf.matmul(scale * e, b, transpose_b=True))
+        terms["lora_kernel_b"] = Outer(scale * tf.matmul(tf.cast(x, e.dtype), a), e)
+    return terms
+
+
+def _adapter(a, b, layer, dtype):
+    """(a, b, scale) of a layer with LoRA, whose kernel is W + scale a b."""
+    return tf.cast(a, dtype), tf.cast(b, dtype), tf.cast(layer.lora_alpha / layer.lora_rank, dtype)
 
 # %% ../../nbs/33_keras_gradients.ipynb #0445ff25
 @rule(keras.layers.Embedding)
@@ -94,7 +112,13 @@ def _embedding(layer, arguments, e):
     count = tf.shape(e)[0]
     index = tf.reshape(tf.cast(arguments[0], tf.int32), (count, -1))
     index = tf.where(index < 0, index + layer.input_dim, index)  # Keras counts them from the end
-    return {"embeddings": Rows(index, tf.reshape(e, (count, -1, e.shape[-1])))}
+    values = tf.reshape(e, (count, -1, e.shape[-1]))
+    terms = {"embeddings": Rows(index, values)}
+    if layer.lora_enabled:
+        a, b, scale = _adapter(layer.lora_embeddings_a, layer.lora_embeddings_b, layer, e.dtype)
+        terms["lora_embeddings_a"] = Rows(index, tf.matmul(scale * values, b, transpose_b=True))
+        terms["lora_embeddings_b"] = Outer(scale * tf.gather(a, index), values)
+    return terms
 
 
 @rule(keras.layers.ReversibleEmbedding)
@@ -119,16 +143,53 @@ def _position_embedding(layer, arguments, e):
 # %% ../../nbs/33_keras_gradients.ipynb #586cf0a8
 @rule(keras.layers.LayerNormalization)
 def _layer_normalization(layer, arguments, e):
-    if layer.rms_scaling:
-        raise ValueError("expected a LayerNormalization without rms_scaling")
     x, e = _wide(arguments[0]), _wide(e)
-    axes = [axis % x.shape.rank for axis in layer.axis]
-    if axes != sorted(axes) or 0 in axes:
-        raise ValueError(f"expected a LayerNormalization of axes in their order and without the samples', got {layer.axis}")
+    axes, others = _axes(layer, x)
     mean, variance = tf.nn.moments(x, axes, keepdims=True)
-    scaled = e * (x - mean) * tf.math.rsqrt(variance + layer.epsilon)
-    others = [axis for axis in range(1, x.shape.rank) if axis not in axes]
+    centred = x if layer.rms_scaling else x - mean  # Keras's root mean square divides by the deviation, too
+    scaled = e * centred * tf.math.rsqrt(variance + layer.epsilon)
     return {"gamma": Whole(tf.reduce_sum(scaled, others)), "beta": Whole(tf.reduce_sum(e, others))}
+
+
+@rule(keras.layers.RMSNormalization)
+def _rms_normalization(layer, arguments, e):
+    x, e = _wide(arguments[0]), _wide(e)
+    axes, others = _axes(layer, x)
+    scaled = e * x * tf.math.rsqrt(tf.reduce_mean(x * x, axes, keepdims=True) + layer.epsilon)
+    return {"scale": Whole(tf.reduce_sum(scaled, others))}
+
+
+@rule("keras_hub.src.layers.modeling.rms_normalization.RMSNormalization")
+def _rms_normalization_of_the_hub(layer, arguments, e):
+    x, e = tf.cast(arguments[0], tf.float32), _wide(e)  # KerasHub's call runs in float32 under any policy
+    normalised = x * tf.math.rsqrt(tf.reduce_mean(x * x, -1, keepdims=True) + 1e-6)
+    return {"scale": Whole(tf.reduce_sum(e * tf.cast(normalised, e.dtype), list(range(1, x.shape.rank - 1))))}
+
+
+@rule(keras.layers.GroupNormalization)
+def _group_normalization(layer, arguments, e):
+    x, e = _wide(arguments[0]), _wide(e)
+    (axis,), others = _axes(layer, x)
+    shape = tf.shape(x)
+    grouped = tf.reshape(x, tf.concat([shape[:axis], [layer.groups, x.shape[axis] // layer.groups], shape[axis + 1 :]], 0))
+    within = [k for k in range(1, x.shape.rank + 1) if k != axis]
+    mean, variance = tf.nn.moments(grouped, within, keepdims=True)
+    scaled = e * tf.reshape((grouped - mean) * tf.math.rsqrt(variance + layer.epsilon), shape)
+    return {"gamma": Whole(tf.reduce_sum(scaled, others)), "beta": Whole(tf.reduce_sum(e, others))}
+
+
+def _axes(layer, x) -> tuple[list[int], list[int]]:
+    """(the axes that a normalisation runs over, the sample's others)."""
+    given = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    axes = [axis % x.shape.rank for axis in given]
+    if axes != sorted(axes) or 0 in axes:
+        raise ValueError(f"expected a {type(layer).__name__} of axes in their order and without the samples', got {layer.axis}")
+    return axes, [axis for axis in range(1, x.shape.rank) if axis not in axes]
+
+# %% ../../nbs/33_keras_gradients.ipynb #5b1d9a70
+@rule(keras.layers.PReLU)
+def _prelu(layer, arguments, e):
+    return {"alpha": Whole(_summed_to(_wide(e) * -tf.nn.relu(-_wide(arguments[0])), layer.alpha.shape))}
 
 # %% ../../nbs/33_keras_gradients.ipynb #a47554d6
 @rule(keras.layers.EinsumDense)
@@ -137,6 +198,8 @@ def _einsum_dense(layer, arguments, e):
     given, kernel, made = _letters(layer.equation, x.shape.rank)
     if given[0] != made[0] or given[0] in kernel:
         raise ValueError(f"equation {layer.equation!r}: expected the samples as first dimension of input and output")
+    if layer.lora_enabled:
+        return _einsum_adapter(layer, x, e, given, kernel, made)
     into, out = [c for c in kernel if c in given], [c for c in kernel if c in made]
     terms = {"bias": Whole(_summed_to(e, layer.bias.shape))} if layer.bias is not None else {}
     places = [c for c in given[1:] if c not in kernel]
@@ -146,6 +209,16 @@ def _einsum_dense(layer, arguments, e):
     left = _grouped(x, given, places, into)
     right = _grouped(e, made, places, out)
     return terms | {"kernel": Outer(left, right) if kernel == "".join(into + out) else Outer(right, left)}
+
+
+def _einsum_adapter(layer, x, e, given: str, kernel: str, made: str):
+    """Terms of a bias and of the two factors of LoRA, which is as small as they are: written out."""
+    a, b, scale = _adapter(layer.lora_kernel_a, layer.lora_kernel_b, layer, _wide(e).dtype)
+    x, e, first, last = _wide(x), scale * _wide(e), kernel[:-1], kernel[-1]
+    rank = next(c for c in string.ascii_letters if c not in given + kernel + made)
+    terms = {"bias": Whole(_summed_to(e / scale, layer.bias.shape))} if layer.bias is not None else {}
+    terms["lora_kernel_a"] = Whole(tf.einsum(f"{given},{rank}{last},{made}->{given[0]}{first}{rank}", x, b, e))
+    return terms | {"lora_kernel_b": Whole(tf.einsum(f"{given},{first}{rank},{made}->{given[0]}{rank}{last}", x, a, e))}
 
 
 def _letters(equation: str, rank: int) -> tuple[str, str, str]:
@@ -181,14 +254,35 @@ def _summed_to(e, shape):
 # %% ../../nbs/33_keras_gradients.ipynb #30eeaa22
 @rule(keras.layers.Conv1D)
 def _conv1d(layer, arguments, e):
-    if layer.groups != 1 or layer.data_format != "channels_last":
-        raise ValueError("expected a Conv1D with groups=1 and data_format='channels_last'")
+    _refuse_convolution(layer)
     x, (size,), (stride,), (dilation,) = arguments[0], layer.kernel_size, layer.strides, layer.dilation_rate
     padding = layer.padding.upper()
     if padding == "CAUSAL":
         x, padding = tf.pad(x, [[0, 0], [dilation * (size - 1), 0], [0, 0]]), "VALID"
     patches = tf.image.extract_patches(x[:, :, None], [1, size, 1, 1], [1, stride, 1, 1], [1, dilation, 1, 1], padding)[:, :, 0]
     return {"kernel": Outer(patches, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
+
+
+@rule(keras.layers.Conv2D)
+def _conv2d(layer, arguments, e):
+    _refuse_convolution(layer)
+    sizes = [[1, *given, 1] for given in (layer.kernel_size, layer.strides, layer.dilation_rate)]
+    patches, e = _positions(tf.image.extract_patches(arguments[0], *sizes, layer.padding.upper())), _positions(e)
+    return {"kernel": Outer(patches, e), "bias": Whole(tf.reduce_sum(_wide(e), 1))}
+
+
+def _refuse_convolution(layer) -> None:
+    if layer.groups != 1 or layer.data_format != "channels_last":
+        raise ValueError(f"expected a {type(layer).__name__} with groups=1 and data_format='channels_last'")
+
+# %% ../../nbs/33_keras_gradients.ipynb #d29b7f15
+@rule("keras_hub.src.layers.modeling.masked_lm_head.MaskedLMHead")
+def _masked_lm_head(layer, arguments, e):
+    terms = {"output_bias": Whole(tf.reduce_sum(_wide(e), 1))}
+    if layer.token_embedding is not None:
+        return terms  # the table's own call leaves its term
+    picked = tf.gather(arguments[0], arguments[1], axis=1, batch_dims=1)
+    return terms | {"output_kernel": Outer(layer._intermediate_layer_norm(layer._intermediate_dense(picked)), e)}
 
 # %% ../../nbs/33_keras_gradients.ipynb #b64aa972
 class _Products:
@@ -204,14 +298,31 @@ class _Products:
         return self.kept[key][2]
 
 
+def _own(a: Term, products: _Products):
+    """(|a_i|^2, the squares of the parts that this is summed from), both (B,); the same tensor twice where nothing can cancel."""
+    match a:
+        case Outer(left, right):
+            length, p, d = left.shape[1], left.shape[2], right.shape[2]
+            if length == 1:
+                return (tf.reduce_sum(_wide(left) ** 2, (1, 2)) * tf.reduce_sum(_wide(right) ** 2, (1, 2)),) * 2
+            if length is not None and length * (p + d) > 2 * p * d:
+                square = tf.reduce_sum(tf.matmul(_wide(left), _wide(right), transpose_a=True) ** 2, (1, 2))
+                return square, tf.reduce_sum(tf.reduce_sum(_wide(left) ** 2, 2) * tf.reduce_sum(_wide(right) ** 2, 2), 1)
+            both = products(left, left) * products(right, right)
+        case Rows(index, values):
+            both = products(values, values) * _same(index, index, _wide(values).dtype)
+        case Whole(gradients):
+            return (tf.reduce_sum(tf.reshape(gradients, (tf.shape(gradients)[0], -1)) ** 2, 1),) * 2
+    return tf.reduce_sum(both, (1, 2)), tf.reduce_sum(tf.linalg.diag_part(both), 1)
+
+
 def _inner(a: Term, b: Term, shape, products: _Products):
     """<a_i, b_i> per sample, (B,), for two terms of one variable of this shape."""
     match a, b:
         case Outer(), Outer():
-            return _inner_of_outer(a, b, products)
+            return tf.reduce_sum(products(a.left, b.left) * products(a.right, b.right), (1, 2))
         case Rows(), Rows():
-            same = tf.cast(tf.equal(a.index[:, :, None], b.index[:, None]), _wide(a.values).dtype)
-            return tf.reduce_sum(products(a.values, b.values) * same, (1, 2))
+            return tf.reduce_sum(products(a.values, b.values) * _same(a.index, b.index, _wide(a.values).dtype), (1, 2))
         case Outer(), Rows():
             places = tf.tile(b.index[:, None], [1, tf.shape(a.left)[1], 1])  # (B, T, S)
             picked = tf.gather(_wide(a.left), places, axis=2, batch_dims=2)
@@ -222,13 +333,9 @@ def _inner(a: Term, b: Term, shape, products: _Products):
     return tf.reduce_sum(tf.reshape(first * second, (tf.shape(first)[0], -1)), 1)
 
 
-def _inner_of_outer(a: Outer, b: Outer, products: _Products):
-    length, p, d = a.left.shape[1], a.left.shape[2], a.right.shape[2]
-    if a is b and length == 1:
-        return tf.reduce_sum(_wide(a.left) ** 2, (1, 2)) * tf.reduce_sum(_wide(a.right) ** 2, (1, 2))
-    if a is b and length is not None and length * (p + d) > 2 * p * d:
-        return tf.reduce_sum(tf.matmul(_wide(a.left), _wide(a.right), transpose_a=True) ** 2, (1, 2))
-    return tf.reduce_sum(products(a.left, b.left) * products(a.right, b.right), (1, 2))
+def _same(first, second, dtype):
+    """1 where two places read the same row: (B, T, S)."""
+    return tf.cast(tf.equal(first[:, :, None], second[:, None]), dtype)
 
 
 def _written_out(term: Term, shape):
@@ -241,6 +348,54 @@ def _written_out(term: Term, shape):
             return tf.matmul(at, _wide(values), transpose_a=True)
         case Whole(gradients):
             return gradients
+
+# %% ../../nbs/33_keras_gradients.ipynb #e7a3c5d1
+def _squared_norms(terms: list[tuple[list[Term], tuple]]):
+    """((B,) squared norms over variables, each given by its terms and shape; (B,) squares of the parts they are summed from)."""
+    products, sure, squares, parts, unsure = _Products(), 0, 0, 0, []
+    for own, shape in terms:
+        found = [_own(a, products) for a in own]
+        if len(own) == 1 and found[0][0] is found[0][1]:  # nothing to cancel
+            sure, parts = sure + found[0][0], parts + found[0][1]
+            continue
+        unsure.append((own, shape))
+        squares += sum(square for square, _ in found)
+        parts += sum(part for _, part in found)
+        squares += sum(2 * _inner(a, b, shape, products) for k, a in enumerate(own) for b in own[k + 1 :])
+    return sure + (_without_cancellation(squares, sure, parts, unsure) if unsure else 0), parts
+
+
+def _without_cancellation(squares, sure, parts, terms):
+    """squares of these terms, written out for samples of which little is left; sure: squares of other terms, parts: of all."""
+    cancelled = sure + squares < parts / 100
+    if tf.executing_eagerly():
+        for i in tf.where(cancelled)[:, 0].numpy().tolist():
+            squares = tf.tensor_scatter_nd_update(squares, [[i]], [tf.cast(_square_written_out(terms, i), squares.dtype)])
+        return squares
+
+    def one(i):
+        return tf.cond(cancelled[i], lambda: tf.cast(_square_written_out(terms, i), squares.dtype), lambda: squares[i])
+
+    def each():
+        return tf.map_fn(one, tf.range(tf.size(squares)), parallel_iterations=1, fn_output_signature=squares.dtype)
+
+    return tf.cond(tf.reduce_any(cancelled), each, lambda: squares)
+
+
+def _square_written_out(terms, i):
+    """The squared norm of sample i's gradient over variables, each given by its terms and shape."""
+    return tf.add_n([tf.reduce_sum(tf.add_n([_of_sample(term, i, shape) for term in own]) ** 2) for own, shape in terms])
+
+
+def _of_sample(term: Term, i, shape):
+    """Sample i's gradient in the variable's shape, in float64, in which products of float32 are exact."""
+    match term:
+        case Outer(left, right):
+            return tf.reshape(tf.matmul(tf.cast(left[i], tf.float64), tf.cast(right[i], tf.float64), transpose_a=True), shape)
+        case Rows(index, values):
+            return tf.math.unsorted_segment_sum(tf.cast(values[i], tf.float64), index[i], shape[0])
+        case Whole(gradients):
+            return tf.reshape(tf.cast(gradients[i], tf.float64), shape)
 
 # %% ../../nbs/33_keras_gradients.ipynb #77e55401
 def _weighted_sum(term: Term, weights, shape):
@@ -286,45 +441,86 @@ class _Use:
 
 
 class _Watched:
-    """Notes the calls of a model's layers between `with` and its end."""
+    """Notes the calls that this thread makes of a model's layers between `with` and its end."""
 
     def __init__(self, model, wanted: set[int]):
         self.uses: list[_Use] = []
-        self.sites = list(_sites(model, wanted))
+        with _LOCK:
+            self.sites = {id(layer): (layer, own, found) for layer, own, found in _sites(model, wanted)}
 
     def __enter__(self):
-        for layer, own, found in self.sites:
-            object.__setattr__(layer, "call", self._noting(layer, own, found))
+        with _LOCK:
+            for layer, *_ in self.sites.values():
+                _watch(layer)
+        _HERE.watching.append(self)
         return self
 
     def __exit__(self, *_):
-        for layer, *_ in self.sites:
-            object.__delattr__(layer, "call")
+        _HERE.watching.remove(self)
+        with _LOCK:
+            for layer, *_ in self.sites.values():
+                _leave(layer)
 
-    def _noting(self, layer, own, found):
-        call = layer.call
 
-        def noting(*args, **kwargs):
-            arguments, entered = _positional(layer, args, kwargs), []
-            activation = getattr(layer, "activation", None)
+class _Here(threading.local):
+    """What a thread watches, and the calls of watched layers that it is in: (layer, what entered its activation)."""
 
-            def noted(x):
-                entered.append(x)
-                return activation(x)
+    def __init__(self):
+        self.watching, self.calls = [], []
 
-            if activation is not None:
-                object.__setattr__(layer, "activation", noted)
-            try:
-                output = call(*args, **kwargs)
-            finally:
-                if activation is not None:
-                    object.__setattr__(layer, "activation", activation)
-            if activation is not None and len(entered) != 1:
-                raise ValueError(f"{_named(layer)} used its activation {len(entered)} times, expected once; register a rule for its class")
-            self.uses.append(_Use(layer, own, found, arguments, entered[0] if entered else output))
-            return output
 
-        return noting
+_HERE, _LOCK = _Here(), threading.RLock()
+_WATCHED: dict[int, tuple] = {}  # id of a layer -> (how often it is watched, its activation)
+
+
+def _watch(layer) -> None:
+    """Have a layer note its calls, once for all who watch."""
+    count, activation = _WATCHED.get(id(layer), (0, getattr(layer, "activation", None)))
+    _WATCHED[id(layer)] = (count + 1, activation)
+    if count:
+        return
+    object.__setattr__(layer, "call", _noting(layer, layer.call, activation))
+    if activation is not None:
+
+        def noted(x):
+            for called, entered in reversed(_HERE.calls):
+                if called is layer:
+                    entered.append(x)
+                    break
+            return activation(x)
+
+        object.__setattr__(layer, "activation", noted)
+
+
+def _leave(layer) -> None:
+    """End what `_watch` began; the last one leaves the layer as it was."""
+    count, activation = _WATCHED.pop(id(layer))
+    if count > 1:
+        _WATCHED[id(layer)] = (count - 1, activation)
+        return
+    object.__delattr__(layer, "call")
+    if activation is not None:
+        object.__setattr__(layer, "activation", activation)
+
+
+def _noting(layer, call, activation):
+    def noting(*args, **kwargs):
+        watching = [watched for watched in _HERE.watching if id(layer) in watched.sites]
+        if not watching:
+            return call(*args, **kwargs)
+        arguments, entered = _positional(layer, args, kwargs), []
+        _HERE.calls.append((layer, entered))
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            _HERE.calls.pop()
+        if activation is not None and len(entered) != 1:
+            raise ValueError(f"{_named(layer)} used its activation {len(entered)} times, expected once; register a rule for its class")
+        for watched in watching:
+            watched.uses.append(_Use(*watched.sites[id(layer)], arguments, entered[0] if entered else output))
+        return output
+
+    return noting
 
 
 def _positional(layer, args: tuple, kwargs: dict) -> tuple:
@@ -346,9 +542,10 @@ def _sites(model, wanted: set[int]):
             continue
         found = _rule_for(layer)
         if found is None:
+            why = " whose call was replaced on the instance" if "call" in vars(layer) else ""
             raise ValueError(
-                f"no rule for the variables {', '.join(own)} of {_named(layer)}. Register one with @rule({type(layer).__name__}), freeze "
-                "the layer, or use gradient_norms_by_tape, which takes any model"
+                f"no rule for the variables {', '.join(own)} of {_named(layer)}{why}. Register one with @rule({type(layer).__name__}), "
+                "freeze the layer, or use gradient_norms_by_tape, which takes any model"
             )
         yield layer, own, found
 
@@ -433,51 +630,78 @@ class SampleGradients:
             sums.append(_added(parts, variable.dtype) if parts else None)
         return sums
 
+    def where(self, sound) -> SampleGradients:
+        """These gradients if `sound` is true, NaN if it is not."""
+        factor = tf.where(sound, tf.constant(1, self._errors.dtype), tf.constant(float("nan"), self._errors.dtype))
+        errors, losses = self._errors * factor, self.losses * tf.cast(factor, self.losses.dtype)
+        return SampleGradients(self._model, self._terms, errors, losses, self.norms * factor, self.predictions)
+
 # %% ../../nbs/33_keras_gradients.ipynb #310cc227
 @tf.autograph.experimental.do_not_convert
 def sample_gradients(
-    model, x, y, sample_weight=None, *, loss=None, variables: str | Sequence[str] = "*", training: bool = False
+    model,
+    x,
+    y,
+    sample_weight=None,
+    *,
+    loss=None,
+    variables: str | Sequence[str] = "*",
+    training: bool = False,
+    check: bool | None = None,
 ) -> SampleGradients:
     """One forward and one backward pass after which every sample's own gradient is at hand: its norm, and any weighted sum.
 
     model: a Keras model of layers with a `rule`, samples as first dimension throughout. x, y: a batch as `fit` takes it. sample_weight:
     (B,), multiplies the losses. loss: as for `compile`, or a function (y, predictions) -> (B,); the compiled one by default. variables:
     patterns of the paths of those the norms are taken over. training: whether dropout is on. Runs eagerly or inside tf.function, XLA too.
-    Raises ValueError if the loss is not per sample, a layer has no rule or no row per sample, layers add losses of their own (other than
-    a regularizer of their variables, which belongs to no sample and is left out), or nothing matches.
+    check: compare the result with TensorFlow's own gradient of this batch, at the price of a backward pass: always (True), never (False)
+    or, by default, the first, tenth, hundredth … time and whenever the batch's shapes are of a new kind. Inside a tf.function only True
+    checks, and a check that fails makes losses, norms and sums NaN; the default warns unless the same was checked outside before.
+    Raises ValueError if the check fails, the loss is not per sample, a layer has no rule or no row per sample, layers add losses of their
+    own (other than a regularizer of their variables, which belongs to no sample and is left out), or nothing matches.
     Source: article A, section 4.1; Goodfellow (2015); Li et al. (ICLR 2022) for sequences.
     """
-    loss = _loss_of(model) if loss is None else loss
+    batch = (x, y, sample_weight)
+    options = dict(loss=_loss_of(model) if loss is None else loss, variables=variables, training=training)
+    due = _due(model, batch, options) if check is None else check
+    found, certificate = _one_pass(model, batch, certify=due, **options)
+    if certificate is None:
+        return found
+    if tf.is_symbolic_tensor(found.norms):
+        return found.where(certificate.sound())
+    certificate.require()
+    return found
+
+
+def _one_pass(model, batch: tuple, *, loss, variables, training: bool, certify: bool, still: bool = False):
+    """(SampleGradients of a batch, their _Certificate or None). still: no state of the model moves on."""
+    scope = keras.StatelessScope if still else contextlib.nullcontext
+    x, y, sample_weight = batch
     counted = {id(v) for v in chosen_variables(model, variables)}
     by_id = {id(v): v for v in model.trainable_variables}
-    with tf.GradientTape() as through_model, _Watched(model, set(by_id)) as watched:
+    with scope(), tf.GradientTape(persistent=certify) as through_model, _Watched(model, set(by_id)) as watched:
         raw = model(x, training=training)
     _refuse_added_losses(model)
     flat = keras.tree.flatten(raw)
     if any(getattr(part, "_keras_mask", None) is not None for part in flat):
         raise ValueError("the predictions carry a mask, which Keras would apply to the losses; pool over positions inside the model")
-    flat, seen, wide = _cut(flat)
-    with tf.GradientTape() as through_loss:
-        through_loss.watch(seen)
-        losses = _all_losses(model, loss, y, keras.tree.pack_sequence_as(raw, wide))
-        if sample_weight is not None:
-            losses = losses * tf.cast(tf.reshape(sample_weight, (-1,)), losses.dtype)
-    directions = through_loss.gradient(losses, seen)
-    if all(d is None for d in directions):
-        raise ValueError("the loss does not depend on the model's predictions")
-    errors, directions = _unit(directions, flat)
-    reached = [(part, d) for part, d in zip(flat, directions, strict=True) if d is not None]
-    outputs = [use.output for use in watched.uses]
-    found = through_model.gradient([part for part, _ in reached], outputs, [d for _, d in reached])
-    errors, terms = _checked_rows(watched.uses, found, errors), _terms(watched.uses, found)
-    products, squares = _Products(), 0
-    for key in sorted(counted & set(terms), key=[*by_id].index):
-        for k, a in enumerate(terms[key]):
-            for b in terms[key][k:]:
-                squares += (1 if a is b else 2) * _inner(a, b, by_id[key].shape, products)
-    if not counted & set(terms):
+    with scope(), through_model if certify else contextlib.nullcontext():  # whatever else the loss does to the model is seen
+        flat, seen, wide = _cut(flat)
+        with tf.GradientTape() as through_loss:
+            through_loss.watch(seen)
+            losses = _all_losses(model, loss, y, keras.tree.pack_sequence_as(raw, wide))
+            if sample_weight is not None:
+                losses = losses * tf.cast(tf.reshape(sample_weight, (-1,)), losses.dtype)
+    errors, terms = _errors_and_terms(through_loss.gradient(losses, seen), flat, watched.uses, through_model)
+    chosen = [(terms[key], tuple(v.shape)) for key, v in by_id.items() if key in counted and key in terms]
+    if not chosen:
         raise ValueError("the loss does not depend on any of the chosen variables; choose others by path pattern")
-    return SampleGradients(model, terms, errors, losses, tf.sqrt(tf.maximum(squares, 0)) * errors, raw)
+    squares, parts = _squared_norms(chosen)
+    norms = tf.sqrt(tf.maximum(squares, 0))
+    found = SampleGradients(model, terms, errors, losses, norms * errors, raw)
+    if not certify:
+        return found, None
+    return found, _certificate(model, found, through_model, norms, parts, chosen)
 
 # %% ../../nbs/33_keras_gradients.ipynb #a530bf55
 def _loss_of(model):
@@ -507,6 +731,16 @@ def _cut(predictions: list):
         [*wide, *(part._keras_logits for part in wide if hasattr(part, "_keras_logits"))],
         wide,
     )
+
+
+def _errors_and_terms(directions, flat, uses, through_model):
+    """((B,) lengths of the losses' gradients with respect to the predictions, the terms that these leave, taken to unit length)."""
+    if all(d is None for d in directions):
+        raise ValueError("the loss does not depend on the model's predictions")
+    errors, directions = _unit(directions, flat)
+    reached = [(part, d) for part, d in zip(flat, directions, strict=True) if d is not None]
+    found = through_model.gradient([part for part, _ in reached], [use.output for use in uses], [d for _, d in reached])
+    return _checked_rows(uses, found, errors), _terms(uses, found)
 
 
 def _unit(directions, flat):
@@ -564,14 +798,170 @@ def _checked_rows(uses: list[_Use], gradients, errors):
             )
     return errors
 
+# %% ../../nbs/33_keras_gradients.ipynb #f4470d2b
+@dataclass(frozen=True)
+class _Certificate:
+    """What the engine's sum of a batch's weighted gradients and one sample's norm are, and what they are by slower ways."""
+
+    names: list[str]
+    differences: tf.Tensor  # (V,) lengths of engine minus tape
+    sizes: tf.Tensor  # (V,) lengths of the tape's
+    rounding: tf.Tensor  # what sums in this precision may be off by, all variables together
+    norm: tuple  # a sample's by the products, written out, and which sample
+    finite: tf.Tensor  # whether all norms are
+    tolerance: tuple[float, float]  # of a variable's own length, and of the length of all
+
+    def _bad(self):
+        relative, overall = self.tolerance
+        bound = relative * self.sizes + overall * tf.norm(self.sizes) + self.rounding
+        return ~(self.differences <= bound)
+
+    def _norm_is_right(self):
+        by_products, written, _ = self.norm
+        return tf.abs(by_products - written) <= self.tolerance[0] * written + self.rounding
+
+    def sound(self):
+        """Whether both agree; NaN in the norms is another fault, and is left to `check_norms`."""
+        return (~tf.reduce_any(self._bad()) & self._norm_is_right()) | ~self.finite
+
+    def require(self) -> None:
+        """Raise ValueError, naming what differs and by how much, unless both agree."""
+        if bool(self.sound()):
+            return
+        bad = tf.where(self._bad())[:, 0].numpy().tolist()
+        if not bad:
+            by_products, written, sample = (float(part) for part in self.norm)
+            raise ValueError(
+                f"the norm of sample {int(sample)} of the batch over its error is {by_products:.6g} by products and {written:.6g} written "
+                "out: its gradient cancels beyond this precision, or a rule is wrong. Use a float64 model, or gradient_norms_by_tape"
+            )
+        sizes, differences = self.sizes.numpy(), self.differences.numpy()
+        off = {self.names[k]: differences[k] / max(sizes[k], 1e-300) for k in bad}
+        worst = sorted(off, key=off.get, reverse=True)
+        told = ", ".join(f"{name} by {'more than its length' if off[name] > 1 else f'{off[name]:.2g} of its length'}" for name in worst[:4])
+        raise ValueError(
+            f"the engine's gradient of this batch is not TensorFlow's for {len(bad)} of {len(self.names)} variables: {told}"
+            f"{' …' if len(worst) > 4 else ''}. So the norms would be wrong. {_CAUSES}"
+        )
+
+
+_CAUSES = (
+    "The model mixes or moves the samples of a batch (normalises over it, sorts it, has another dimension first), uses a variable outside "
+    "the call of its layer, or replaces a layer's call; or the loss mixes samples, or runs the model or a variable itself. Give every "
+    "layer samples first and what it uses by its call; freeze a BatchNormalization; use gradient_norms_by_tape where samples do not mix"
+)
+
+# %% ../../nbs/33_keras_gradients.ipynb #0c3f9ab8
+def _certificate(model, found: SampleGradients, tape, norms, parts, chosen) -> _Certificate:
+    """The certificate of a batch whose losses are on the tape; norms and parts: (B,), with errors of 1."""
+    errors, variables = found._errors, model.trainable_variables
+    draws = tf.random.stateless_uniform((2, tf.size(errors)), seed=(20, 21), minval=-1.0, dtype=errors.dtype)  # no generator moves on
+    weights = tf.sign(draws[0]) * (1 + draws[0] ** 2)  # 1 to 2 in size, some of them negative
+    scales = weights / tf.where(errors > 1e-30, errors, tf.ones_like(errors))
+    exact = tape.gradient(found.losses, [v.value for v in variables], output_gradients=tf.cast(scales, found.losses.dtype))
+    lengths = [_lengths(a, b) for a, b in zip(found.weighted(scales), exact, strict=True)]
+    sample = tf.argmax(tf.where(errors > 0, draws[1], tf.fill(tf.shape(errors), tf.constant(-2, errors.dtype))))
+    written = tf.sqrt(_square_written_out(chosen, sample))
+    relative, overall, rounding = _tolerance(model)
+    return _Certificate(
+        names=[v.path for v in variables],
+        differences=tf.stack([off for off, _ in lengths]),
+        sizes=tf.stack([size for _, size in lengths]),
+        rounding=tf.cast(rounding * tf.sqrt(tf.reduce_sum(weights**2 * parts)), tf.float64),
+        norm=tuple(tf.cast(part, tf.float64) for part in (norms[sample], written, sample)),
+        finite=tf.reduce_all(tf.math.is_finite(found.norms)),
+        tolerance=(relative, overall),
+    )
+
+
+def _lengths(a, b):
+    """(|a - b|, |b|) in float64; None is 0."""
+    if a is None and b is None:
+        return tf.constant(0.0, tf.float64), tf.constant(0.0, tf.float64)
+    a, b = (None if part is None else _wide(tf.convert_to_tensor(part)) for part in (a, b))
+    a, b = tf.zeros_like(b) if a is None else a, tf.zeros_like(a) if b is None else b
+    return _length(a - b), _length(b)
+
+
+def _length(x):
+    """|x| in float64, whatever the size of its squares."""
+    largest = tf.reduce_max(tf.abs(x))
+    some = tf.where(largest > 0, largest, tf.ones_like(largest))
+    return tf.cast(tf.norm(x / some), tf.float64) * tf.cast(some, tf.float64)
+
+
+def _tolerance(model) -> tuple[float, float, float]:
+    """(of a variable's own length, of the length of all, of the parts that are summed) for the coarsest precision of the layers."""
+    used = {layer.compute_dtype for layer in model._flatten_layers()} | {str(v.dtype) for v in model.trainable_variables}
+    if used & {"float16", "bfloat16"}:
+        return 5e-2, 1e-2, 4 * (2**-8 if "bfloat16" in used else 2**-11)
+    if used - {"float64"}:
+        coarse = tf.config.list_physical_devices("GPU") and tf.config.experimental.tensor_float_32_execution_enabled()
+        return (1e-2, 1e-3, 4 * 2**-11) if coarse else (1e-3, 1e-5, 4 * 2**-24)
+    return 1e-6, 1e-8, 4 * 2**-53  # not less, for a layer may compute in float32 all the same
+
+# %% ../../nbs/33_keras_gradients.ipynb #b7e0d214
+_SEEN = weakref.WeakKeyDictionary()  # model -> {kind of batch: how often it came}
+_POWERS_OF_TEN = tuple(10**k for k in range(18))
+
+
+def _due(model, batch: tuple, options: dict) -> bool:
+    """Whether a batch of this kind is to be checked now; inside a tf.function never, and it warns if none was outside."""
+    kind, pattern = _kind(model, options), _structure(batch)
+    with _LOCK:
+        seen = _SEEN.setdefault(model, {})
+        if not tf.executing_eagerly():
+            if not any(known == kind for known, _ in seen):
+                warnings.warn(
+                    "this tf.function takes gradients of samples unchecked: call gradient_norms on a batch outside it before, which checks "
+                    "the model and the loss, or give check=True (NaN where it fails) or check=False",
+                    stacklevel=4,
+                )
+            return False
+        seen[kind, pattern] = seen.get((kind, pattern), 0) + 1
+        return seen[kind, pattern] in _POWERS_OF_TEN
+
+
+def _kind(model, options: dict) -> tuple:
+    """What besides the batch decides whether norms are right."""
+    patterns = options["variables"]
+    trained = hash(tuple(id(v) for v in model.trainable_variables))
+    return _code_of(options["loss"]), patterns if isinstance(patterns, str) else tuple(patterns), options["training"], trained
+
+
+def _code_of(loss):
+    """What tells one loss from another, a new object of the same code apart."""
+    if isinstance(loss, dict | list | tuple):
+        return tuple(_code_of(part) for part in (loss.items() if isinstance(loss, dict) else loss))
+    return loss if isinstance(loss, str | None) else getattr(loss, "__code__", type(loss))
+
+
+def _structure(batch) -> tuple:
+    """The pattern of a batch's shapes: which sizes are 1, which are equal, which are not known."""
+    names, pattern = {None: "?", 1: "1"}, []
+    for part in keras.tree.flatten(batch):
+        shape = part.shape.as_list() if hasattr(part, "shape") and hasattr(part.shape, "as_list") else np.shape(part)
+        pattern.append((str(getattr(part, "dtype", type(part).__name__)), *(names.setdefault(size, str(len(names))) for size in shape)))
+    return tuple(pattern)
+
 # %% ../../nbs/33_keras_gradients.ipynb #e02ed298
-def gradient_norms(model, x, y, sample_weight=None, *, loss=None, variables: str | Sequence[str] = "*", training: bool = False):
+def gradient_norms(
+    model,
+    x,
+    y,
+    sample_weight=None,
+    *,
+    loss=None,
+    variables: str | Sequence[str] = "*",
+    training: bool = False,
+    check: bool | None = None,
+):
     """Exact L2 norm of each sample's own gradient in one forward and one backward pass: (B,) float32, or float64 for such a model.
 
     See `sample_gradients` for the arguments and what is raised; ValueError also if a norm is not finite (in a tf.function it stays NaN).
     Source: article A, section 4.1.
     """
-    norms = sample_gradients(model, x, y, sample_weight, loss=loss, variables=variables, training=training).norms
+    norms = sample_gradients(model, x, y, sample_weight, loss=loss, variables=variables, training=training, check=check).norms
     check_norms(norms)
     return norms
 
@@ -614,6 +1004,6 @@ def largest_error(model, x, y, *, loss=None, variables: str | Sequence[str] = "*
     your own.
     """
     few = [keras.tree.map_structure(lambda part: part[:samples], part) for part in (x, y)]
-    together = gradient_norms(model, x, y, loss=loss, variables=variables)[:samples].numpy().astype("float64")
+    together = gradient_norms(model, x, y, loss=loss, variables=variables, check=False)[:samples].numpy().astype("float64")
     alone = gradient_norms_by_tape(model, *few, loss=loss, variables=variables).numpy().astype("float64")
     return float((abs(together - alone) / alone.clip(1e-300)).max())

@@ -5,10 +5,16 @@
 # %% ../../nbs/36_keras_training.ipynb #1cee0f2d
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
+import itertools
 import json
 import math
+import sys
 import tempfile
+import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +26,19 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..evaluation import evaluate
+from ..folders import locked
+from ..identity import fingerprint
 from ..importance import Weighting, effective_sample_size
-from .gradients import chosen_variables, gradient_norms_by_tape, sample_gradients
+from recsys_importance.keras.gradients import (
+    _POWERS_OF_TEN,
+    _loss_of,
+    _one_pass,
+    _structure,
+    _tolerance,
+    chosen_variables,
+    gradient_norms_by_tape,
+    sample_gradients,
+)
 from .models import pair_dataset, predict
 from .start import keras, tf
 from ..models import PairModel
@@ -37,44 +54,48 @@ class ImportanceModel(keras.Model):
     """A functional model that trains on weighting(||g_i||): ImportanceModel(inputs, outputs, weighting=Weighting()).
 
     weighting: how norms become weights, article A's rule by default. over: patterns of the paths of the variables that norms are taken
-    over; the gradient goes to all trainable ones. The layers are those of `inputs` and `outputs`: a plain model of them shares its
-    variables, and is what to save. Logs of `fit` besides Keras's: effective_share (effective sample size over batch size) and
-    largest_weight, both of the last step; loss is the mean over samples without their weights. A sample_weight given to fit multiplies
-    the sample's loss, and so its norm. Regularizers of variables are added to the gradient unweighted. Rows of a table that a batch reads
-    several times are summed before Adam squares them or the optimiser clips them, as in PyTorch; Keras's own step takes them one by one.
+    over; the gradient goes to all trainable ones. check: as for `sample_gradients`, of the batches that training comes by. The layers are
+    those of `inputs` and `outputs`: a plain model of them shares its variables, and is what to save. Logs of `fit` besides Keras's:
+    effective_share (effective sample size over batch size) and largest_weight, both of the last step; loss is the mean over samples
+    without their weights. A sample_weight given to fit multiplies the sample's loss, and so its norm. Regularizers of variables are added
+    to the gradient unweighted. Rows of a table that a batch reads several times are summed before Adam squares them or the optimiser clips
+    them, as in PyTorch; Keras's own step takes them one by one.
+    A batch whose norms are all zero leaves variables and optimiser as they are, with a warning, once; both logs are 0.
     `fit` raises ValueError for a loss, norm or weight that is not finite, and for what `sample_gradients` refuses.
     Source: article A, section 4.2.
     """
 
-    def __init__(self, *args, weighting: Weighting | None = None, over: str | Sequence[str] = "*", **kwargs):
+    def __init__(self, *args, weighting: Weighting | None = None, over: str | Sequence[str] = "*", check: bool | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.weighting, self.over = weighting or Weighting(), over
+        self.weighting, self.over, self.check = weighting or Weighting(), over, check
         if self.weighting.normalisation != "mean":
             raise ValueError("training needs mean-1 weights, got normalisation='sum': at the same learning rate it would shrink every step")
+        self._told = False  # of a batch without any gradient
         once = tf.VariableAggregation.ONLY_FIRST_REPLICA
         self._done = tf.Variable(1.0, dtype=tf.float64, trainable=False, aggregation=once)  # fraction of the training, for annealing
 
     def train_step(self, data):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        found = sample_gradients(self, x, y, sample_weight, variables=self.over, training=True)
+        found = sample_gradients(self, x, y, sample_weight, variables=self.over, training=True, check=False)  # before it: see _certify
         norms, own = _of_all_replicas(found.norms)
-        sound = tf.reduce_all(tf.math.is_finite(norms))
-        weights = self.weighting(tf.where(sound, norms, tf.ones_like(norms)), progress=tf.identity(self._done))
+        sound, idle = tf.reduce_all(tf.math.is_finite(norms)), tf.reduce_all(norms == 0)
+        weights = self.weighting(tf.where(sound & ~idle, norms, tf.ones_like(norms)), progress=tf.identity(self._done))
         sound = sound & tf.reduce_all(tf.math.is_finite(weights))
         weights = tf.where(sound, weights, tf.ones_like(weights))
-        self._step(found, weights[own] / tf.cast(tf.size(weights), weights.dtype), sound)
+        self._step(found, weights[own] / tf.cast(tf.size(weights), weights.dtype), sound & ~idle)
         loss = tf.math.divide_no_nan(
             tf.reduce_sum(found.losses), tf.cast(tf.size(found.losses), found.losses.dtype)
         )  # a replica may have none
         self._loss_tracker.update_state(tf.where(sound, loss, tf.constant(math.nan, loss.dtype)), sample_weight=tf.size(found.losses))
+        trained = tf.cast(~idle, weights.dtype)
         seen = {
-            "effective_share": effective_sample_size(weights) / tf.cast(tf.size(weights), weights.dtype),
-            "largest_weight": tf.reduce_max(weights),
+            "effective_share": trained * effective_sample_size(weights) / tf.cast(tf.size(weights), weights.dtype),
+            "largest_weight": trained * tf.reduce_max(weights),
         }
         return self.compute_metrics(x, y, found.predictions, sample_weight=sample_weight) | seen
 
-    def _step(self, found, weights, sound) -> None:
-        """Give the optimiser the weighted gradient if the step is sound; with several replicas, zeros if it is not."""
+    def _step(self, found, weights, taken) -> None:
+        """Give the optimiser the weighted gradient if the step is to be taken."""
         variables = self.trainable_variables
         regularized = [(k, v) for k, v in enumerate(variables) if v.regularizer is not None]
         scale = self.optimizer.scale_loss(tf.ones((), weights.dtype))  # of mixed_float16; 1 otherwise
@@ -88,14 +109,41 @@ class ImportanceModel(keras.Model):
         gradients = _summed_rows(gradients, self.optimizer)
         if not self.optimizer.built:
             self.optimizer.build(variables)  # its variables cannot be made inside tf.cond
-        if self.distribute_strategy.num_replicas_in_sync == 1:
-            tf.cond(sound, lambda: self._apply(gradients), lambda: False)
-        else:  # replicas cannot meet inside tf.cond
-            self._apply([_if_sound(g, sound) for g in gradients])
+        apply = partial(self.optimizer.apply_gradients, list(zip(gradients, variables, strict=True)))
+        _apply_if(taken, apply, self.distribute_strategy.num_replicas_in_sync)
 
-    def _apply(self, gradients) -> bool:
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
-        return True
+    def make_train_function(self, force=False):
+        made = self.train_function is None or force
+        super().make_train_function(force)
+        if made and self.check is not False:
+            self.train_function = self._checking(self.train_function)
+        return self.train_function
+
+    def _checking(self, run: Callable) -> Callable:
+        """Keras's function that takes the steps of an iterator, with a look at the batch where a check is due."""
+        done, kinds = 0, set()
+
+        def checking(batches):
+            nonlocal done
+            steps, kind = range(done + 1, done + 1 + self.steps_per_execution), str(getattr(batches, "element_spec", ""))
+            due = self.check or any(step in _POWERS_OF_TEN for step in steps) or kind not in kinds
+            if due:
+                first = next(batches)
+                self._certify(first)
+                batches = _with_first(first, batches, self.steps_per_execution)
+            kinds.add(kind)
+            done += self.steps_per_execution
+            return run(batches)
+
+        return checking
+
+    def _certify(self, data) -> None:
+        """Raise ValueError if the engine's gradient of a batch is not TensorFlow's; nothing moves on."""
+        data = tf.nest.map_structure(lambda part: self.distribute_strategy.experimental_local_results(part)[0], data)
+        data = keras.tree.map_structure(lambda part: None if isinstance(part, tf.experimental.Optional) else part, data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        options = dict(loss=_loss_of(self), variables=self.over, training=True)
+        _one_pass(self, (x, y, sample_weight), certify=True, still=True, **options)[1].require()
 
     def fit(self, *args, callbacks=None, **kwargs):
         """As keras.Model.fit; see the class for what is raised."""
@@ -104,11 +152,11 @@ class ImportanceModel(keras.Model):
         given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
         return super().fit(*args, callbacks=[_Watch(), *given], **kwargs)
 
-    def train_on_batch(self, *args, **kwargs):
-        result = super().train_on_batch(*args, **kwargs)
-        values = result.values() if isinstance(result, dict) else np.atleast_1d(result)
-        _check_loss(next(iter(values)), "this batch")
-        return result
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        logs = super().train_on_batch(x, y, sample_weight, class_weight, return_dict=True)
+        _check_loss(logs["loss"], "this batch")
+        _tell_if_idle(self, logs.get("largest_weight"), "train_on_batch")
+        return logs if return_dict else self._flatten_metrics_in_order(logs)
 
 # %% ../../nbs/36_keras_training.ipynb #8b39ebb0
 def _of_all_replicas(norms):
@@ -130,13 +178,26 @@ def _summed_rows(gradients, optimizer):
     return [None if g is None else tf.convert_to_tensor(g) for g in gradients]
 
 
-def _if_sound(gradient, sound):
-    """The gradient, or zeros."""
-    if gradient is None:
-        return None
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(_if_sound(gradient.values, sound), gradient.indices, gradient.dense_shape)
-    return tf.where(sound, gradient, tf.zeros_like(gradient))
+def _apply_if(taken, apply: Callable, replicas: int) -> None:
+    """Call apply where `taken` is true, in a graph too."""
+    if replicas == 1:
+        tf.cond(taken, lambda: [apply(), True][1], lambda: False)
+        return
+
+    def on_all(strategy, taken, apply):  # replicas cannot meet inside tf.cond, so it is asked outside them
+        one = strategy.experimental_local_results(taken)[0]  # it is the same on all
+        tf.cond(one, lambda: [strategy.extended.call_for_each_replica(lambda f: f(), args=(apply,)), True][1], lambda: False)
+
+    tf.distribute.get_replica_context().merge_call(on_all, args=(taken, apply))
+
+
+def _with_first(first, others: Iterator, count: int) -> Iterator:
+    """An iterator over the batch `first` and those that come after it, `count` in all, of the kind that `others` is."""
+    spec = getattr(others, "element_spec", None)
+    batches = itertools.chain([first], itertools.islice(others, count - 1))
+    if not isinstance(others, tf.data.Iterator) or not all(isinstance(part, tf.TensorSpec) for part in tf.nest.flatten(spec)):
+        return batches
+    return iter(tf.data.Dataset.from_generator(lambda: batches, output_signature=spec))  # the same kind, so nothing is traced again
 
 
 def _check_loss(loss, where: str) -> None:
@@ -145,6 +206,18 @@ def _check_loss(loss, where: str) -> None:
             f"a loss, norm or weight of {where} is NaN or infinite, so its step was not taken; check the texts and labels, the learning "
             "rate and the weighting (gradient_norms on the batch names the sample)"
         )
+
+
+def _tell_if_idle(model, largest_weight, where: str) -> None:
+    """Warn, once for a model, of a batch that trains nothing."""
+    if largest_weight is None or float(largest_weight) != 0 or model._told:
+        return
+    model._told = True
+    warnings.warn(
+        f"all norms of a batch of {where} are zero: it has nothing to teach (a loss that is flat where all is learned), and its step was "
+        "not taken; this is said once",
+        stacklevel=2,
+    )
 
 
 class _Watch(keras.callbacks.Callback):
@@ -159,7 +232,9 @@ class _Watch(keras.callbacks.Callback):
             self._tell(batch / self.params["steps"])
 
     def on_train_batch_end(self, batch, logs=None):
-        _check_loss(float(logs["loss"]), f"epoch {self.epoch + 1}, up to step {batch + 1},")
+        where = f"epoch {self.epoch + 1}, up to step {batch + 1},"
+        _check_loss(float(logs["loss"]), where)
+        _tell_if_idle(self.model, logs.get("largest_weight"), where)
 
     def on_train_end(self, logs=None):
         self.model._done.assign(1.0)
@@ -179,57 +254,51 @@ def score_dataset(
     variables: str | Sequence[str] = "*",
     shard_size: int = 4096,
     jit_compile: bool = True,
+    check: bool | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Gradient norm of every sample of a data set, dropout off: N rows of sample_id (str) and score (float32, or float64 for such a model).
 
     dataset: a tf.data.Dataset of batches (x, y) or (x, y, sample_weight), in one order. ids: N names, "0", "1", … by default.
     folder: receives identity.json and scores-00000.parquet, …; a run that was interrupted there goes on. It is bound to the model's
-    weights, the loss, the variables and the samples' contents. Shards hold whole batches, shard_size samples or a few more. loss and
-    variables: as for `sample_gradients`. jit_compile: XLA; costs some seconds for each shape of batch.
+    weights, configuration and attributes, to the loss with all that it reads, to the variables and to the samples' contents. Shards hold
+    whole batches, shard_size samples or a few more. loss and variables: as for `sample_gradients`. jit_compile: XLA; costs some seconds for
+    each shape of batch. check: as for `sample_gradients`, of the batches as they come, with which compiled scores are then compared, too.
     Raises ValueError as `gradient_norms` does, naming the sample; for a data set whose order changes, a number of ids that is not that of
-    the samples, a folder of another run, and if one of the first two samples has another norm alone, by a tape, than in its batch.
+    the samples, a folder of another run or in which another process is at work, and if one of the first two samples has another norm alone,
+    by a tape, than in its batch.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            options = dict(loss=loss, variables=variables, shard_size=shard_size, jit_compile=jit_compile, progress=progress)
+            options = dict(loss=loss, variables=variables, shard_size=shard_size, jit_compile=jit_compile, check=check, progress=progress)
             return score_dataset(model, dataset, ids, temporary, **options)
     folder, count = Path(folder), _samples_of(dataset)
     if ids is not None and len(ids) != count:
         raise ValueError(f"there are {len(ids)} ids for {count} samples")
     names = [str(k) for k in range(count)] if ids is None else [str(name) for name in ids]
-    identity = {"score": "gradient norm", "model": _weights_of(model), "loss": _settings_of(model.loss if loss is None else loss)}
+    loss = _loss_of(model) if loss is None else loss
+    identity = {"score": "gradient norm", **_identity_of(model, loss)}
     identity |= {"variables": [v.path for v in chosen_variables(model, variables)], "samples": count, "shard_size": shard_size}
-    _claim(folder, identity)
-
-    def norms_of(x, y, sample_weight=None):
-        return sample_gradients(model, x, y, sample_weight, loss=loss, variables=variables).norms
-
-    compiled = tf.function(tf.autograph.experimental.do_not_convert(norms_of), jit_compile=jit_compile, reduce_retracing=True)
-    done = 0
-    with tqdm(total=count, desc="scoring", unit="sample", disable=not progress) as bar:
+    options = dict(loss=loss, variables=variables)
+    with locked(folder), tqdm(total=count, desc="scoring", unit="sample", disable=not progress) as bar:
+        _claim(folder, identity)
+        score = _scorer(model, options, jit_compile, check)
+        done = 0
         for shard, batches in enumerate(_sharded(dataset, shard_size)):
-            path = folder / f"scores-{shard:05d}.parquet"
+            path, size = folder / f"scores-{shard:05d}.parquet", sum(size for *_, size in batches)
             contents = hashlib.sha256("".join(print_of for _, print_of, _ in batches).encode()).hexdigest()
-            if path.exists():
-                if pq.read_schema(path).metadata.get(_CONTENTS) != contents.encode():
-                    raise ValueError(f"{folder} holds scores of another run: shard {shard} had other samples; choose another folder")
-                done += sum(size for *_, size in batches)
-                bar.update(done - bar.n)
-                continue
-            scores, first = [], done
-            for batch, fingerprint, size in batches:
-                scores.append(compiled(*batch).numpy())
-                if not done:
-                    _check_order(dataset, fingerprint)
-                    _check_alone(partial(gradient_norms_by_tape, model, loss=loss, variables=variables), batch, scores[0], names)
-                done += size
-                bar.update(size)
-            frame = pd.DataFrame({"sample_id": pd.Series(names[first:done], dtype="str"), "score": np.concatenate(scores)})
-            _check_shard(frame)
-            table = pa.Table.from_pandas(frame, preserve_index=False)
-            table = table.replace_schema_metadata(table.schema.metadata | {_CONTENTS: contents.encode()})
-            _replace(path, lambda temporary, table=table: pq.write_table(table, temporary))
+            if not path.exists():
+                if not shard:
+                    _check_order(dataset, batches[0][1])
+                scores = []
+                for batch, *_ in batches:
+                    scores.append(score(batch, names[done + sum(map(len, scores)) :]))
+                frame = pd.DataFrame({"sample_id": pd.Series(names[done : done + size], dtype="str"), "score": np.concatenate(scores)})
+                _write(path, frame, contents)
+            elif pq.read_schema(path).metadata.get(_CONTENTS) != contents.encode():
+                raise ValueError(f"{folder} holds scores of another run: shard {shard} had other samples; choose another folder")
+            done += size
+            bar.update(size)
     return read_scores(folder)
 
 # %% ../../nbs/36_keras_training.ipynb #435f2970
@@ -258,6 +327,46 @@ def _sharded(dataset, shard_size: int) -> Iterator[list]:
         yield batches
 
 
+def _scorer(model, options: dict, jit_compile: bool, check: bool | None) -> Callable:
+    """A function (batch, names from its first sample on) -> (B,) norms; it compares the first two with a tape for each sample."""
+
+    def norms_of(x, y, sample_weight=None):
+        return sample_gradients(model, x, y, sample_weight, check=False, **options).norms
+
+    compiled = tf.function(tf.autograph.experimental.do_not_convert(norms_of), jit_compile=jit_compile, reduce_retracing=True)
+    seen = []
+
+    def score(batch: tuple, names: list[str]) -> np.ndarray:
+        norms = compiled(*batch).numpy()
+        if not seen:
+            _check_alone(partial(gradient_norms_by_tape, model, **options), batch, norms, names)
+        seen.append(_structure(batch))
+        if check or (check is None and seen.count(seen[-1]) in _POWERS_OF_TEN):
+            _check_compiled(norms, sample_gradients(model, *batch, check=True, **options).norms.numpy(), names, *_tolerance(model)[:2])
+        return norms
+
+    return score
+
+
+def _check_compiled(norms: np.ndarray, eager: np.ndarray, names: list[str], relative: float, overall: float) -> None:
+    """Raise ValueError if a compiled function does not give the norms that were checked."""
+    off = np.abs(norms - eager) > relative * eager + overall * eager[np.isfinite(eager)].max(initial=0)
+    if off.any():
+        first = int(np.argmax(off))
+        raise ValueError(
+            f"the norm of sample {names[first]!r} is {norms[first]:.6g} compiled and {eager[first]:.6g} run eagerly: the model or the "
+            "loss does not do the same in a tf.function. Use what does not depend on how it is run, or gradient_norms batch by batch"
+        )
+
+
+def _write(path: Path, frame: pd.DataFrame, contents: str) -> None:
+    """The shard with the hash of its samples' contents."""
+    _check_shard(frame)
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(table.schema.metadata | {_CONTENTS: contents.encode()})
+    _replace(path, lambda temporary: pq.write_table(table, temporary))
+
+
 def _fingerprint(batch) -> str:
     digest = hashlib.sha256()
     for part in keras.tree.flatten(batch):
@@ -283,22 +392,140 @@ def _check_alone(by_tape: Callable, batch: tuple, norms: np.ndarray, names: list
                 "sample's own and layers that do not normalise over the batch, or use gradient_norms_by_tape"
             )
 
+# %% ../../nbs/36_keras_training.ipynb #1e84b6cd
+def _identity_of(model, loss) -> dict[str, str]:
+    """A model and a loss in words and hashes."""
+    known = {id(layer): f"layer {layer.path}" for layer in model._flatten_layers()} | {id(v): f"variable {v.path}" for v in model.variables}
+    held = [part for layer in model._flatten_layers() for value in (type(layer), _own_attributes(layer)) for part in _held_by(value)]
+    known |= {id(part): _apart(part, known) for part in held if id(part) not in known}
+    layers = [_description(layer, known) for layer in model._flatten_layers()]
+    return {
+        "model": hashlib.sha256((_values_of(model.variables) + fingerprint(layers, name="the model", known=known)).encode()).hexdigest(),
+        "loss": _loss_in_words(loss, known),
+    }
 
-def _weights_of(model) -> str:
-    """sha256 of a model's variables."""
+
+def _loss_in_words(loss, known: dict) -> str:
+    if isinstance(loss, dict | list | tuple):
+        parts = loss.items() if isinstance(loss, dict) else enumerate(loss)
+        return "; ".join(f"{name}: {_loss_in_words(part, known)}" for name, part in parts)
+    if loss is None or isinstance(loss, str):
+        return str(loss)
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    held = _held_by(loss) if not isinstance(loss, keras.losses.Loss) else []
+    known = known | {id(part): _apart(part, known) for part in held if id(part) not in known}
+    described = _description(loss, known) if isinstance(loss, keras.losses.Loss) else loss
+    return f"{name} {fingerprint(described, name='the loss', known=known)[:16]}"
+
+
+def _values_of(variables) -> str:
+    """sha256 of variables, but for the state of dropout, which is off."""
     digest = hashlib.sha256()
-    for variable in model.variables:
-        if "seed_generator" not in variable.path:  # the state of dropout, which is off
+    for variable in variables:
+        if "seed_generator" not in variable.path:
             array = np.asarray(variable.value)
             digest.update(f"{variable.path} {array.dtype} {array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 
-def _settings_of(loss) -> str:
-    """A loss in words, with its settings."""
-    if isinstance(loss, keras.losses.Loss):
-        return f"{type(loss).__name__} {json.dumps(loss.get_config(), sort_keys=True, default=str)}"
-    return str(getattr(loss, "__qualname__", loss))
+def _apart(part, known: dict) -> str:
+    """A Keras layer or a variable that a loss uses besides the model, or a function of a library."""
+    if isinstance(part, types.FunctionType):
+        library = part.__module__.partition(".")[0]
+        return f"{part.__module__}.{part.__qualname__}, {getattr(sys.modules.get(library), '__version__', '')}"
+    if isinstance(part, keras.layers.Layer):
+        return _values_of(part.variables) + fingerprint([_description(layer, known) for layer in part._flatten_layers()], known=known)
+    array = np.asarray(part.value if isinstance(part, keras.Variable) else part)
+    return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()}"
+
+
+def _held_by(value, depth: int = 4) -> list:
+    """What a function reads and `fingerprint` cannot: Keras layers, variables, and functions of TensorFlow and Keras.
+
+    They are looked for in its closure, defaults, globals, arguments and attributes, and in containers there.
+    """
+    if isinstance(value, keras.layers.Layer | keras.Variable | tf.Variable) or _is_theirs(value):
+        return [value]
+    if depth == 0:
+        return []
+    if isinstance(value, partial):
+        parts = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        parts = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
+        read = inspect.getclosurevars(value)
+        parts = _functions_of_modules([*read.nonlocals.values(), *read.globals.values()], value.__code__)
+        parts += [*read.nonlocals.values(), *read.globals.values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, type):
+        parts = [] if _of_a_library(value) else [*vars(value).values(), *value.__bases__]
+    elif isinstance(value, property | staticmethod | classmethod):
+        parts = [value.fget if isinstance(value, property) else value.__func__]
+    elif isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        parts = list(value)
+    else:
+        parts = [] if isinstance(value, types.ModuleType) else list(getattr(value, "__dict__", {}).values())
+    return [found for part in parts for found in _held_by(part, depth - 1)]
+
+
+def _is_theirs(value) -> bool:
+    return isinstance(value, types.FunctionType) and _of_a_library(value)
+
+
+def _of_a_library(value) -> bool:
+    return (value.__module__ or "").partition(".")[0] in ("tensorflow", "keras", "keras_hub")
+
+
+def _functions_of_modules(values: list, code: types.CodeType, depth: int = 4) -> list:
+    """The functions of TensorFlow and Keras that code may reach from modules by names in it, such as tf.math.log."""
+    names = {*code.co_names, *(name for part in code.co_consts if isinstance(part, types.CodeType) for name in part.co_names)}
+    modules, found = [value for value in values if isinstance(value, types.ModuleType)], []
+    for _ in range(depth):
+        reached = [getattr(module, name) for module in modules for name in names if hasattr(module, name)]
+        found += [value for value in reached if _is_theirs(value)]
+        modules = [value for value in reached if isinstance(value, types.ModuleType)]
+    return found
+
+# %% ../../nbs/36_keras_training.ipynb #7ab3d5e8
+def _description(part, known: dict) -> dict:
+    """A layer's or a loss's class, configuration and further attributes, in plain values."""
+    try:
+        config = json.dumps(part.get_config(), sort_keys=True, default=lambda value: type(value).__qualname__)
+    except NotImplementedError:  # a subclassed model whose arguments cannot be written down
+        config = ""
+    attributes = {name: _plain(value, known) for name, value in _own_attributes(part).items()}
+    return {"class": type(part), "config": config, "attributes": attributes}
+
+
+def _own_attributes(part) -> dict:
+    """The attributes that Keras does not give every layer, in the order of their names."""
+    return {name: vars(part)[name] for name in sorted(vars(part).keys() - _names_of_keras())}
+
+
+@functools.cache
+def _names_of_keras() -> frozenset[str]:
+    """Names of the attributes that Keras gives every layer, model and compiled model."""
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, keras.layers.Identity()(inputs))  # without weights, which would draw random numbers
+    model.compile("sgd", "mse", jit_compile=False)
+    names = {name for layer in (model, model.layers[1], keras.Sequential([inputs])) for name in vars(layer)}
+    return frozenset(names | {"_functional", "_dtype", "_dtype_policy", "_path"})
+
+
+def _plain(value, known: dict):
+    """Numbers, text, arrays, tensors, functions and containers of these; None for anything else."""
+    if isinstance(value, tf.Variable | keras.Variable):
+        return known.get(id(value)) or _apart(value, known)
+    if isinstance(value, int | float | complex | str | bytes | np.ndarray | np.generic | types.FunctionType | types.MethodType | partial):
+        return value
+    if tf.is_tensor(value) and hasattr(value, "numpy"):
+        return np.asarray(value)
+    if isinstance(value, dict):
+        return {str(name): _plain(part, known) for name, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(part, known) for part in value]
+    return None
 
 # %% ../../nbs/36_keras_training.ipynb #d169bbce
 def pair_loss(name: str):
@@ -444,12 +671,14 @@ def fine_tune(
     weighting: Weighting | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     jit_compile: bool = False,
+    check: bool | None = None,
     description: str = "training",
 ) -> FineTuned:
     """Fine-tune a Keras pair model in place, each sample's loss multiplied by its weight, and keep the weights that are best on validation.
 
     train, validation, settings, scores and weighting: as for `recsys_importance.training.fine_tune`. callbacks: further Keras callbacks,
-    such as TensorBoard. jit_compile: XLA, faster steps after some seconds of compiling for each shape of batch. In the history, loss is the
+    such as TensorBoard. jit_compile: XLA, faster steps after some seconds of compiling for each shape of batch. check: as for
+    `ImportanceModel`, with recompute="step". In the history, loss is the
     mean over the epoch so far. Nothing is kept on disk.
     Raises ValueError as that function does, and for settings that only PyTorch has: adapters, half precision (set Keras's dtype policy
     before loading the model instead), tracking (give a callback), balance, recompute other than "never" and "step", and accumulation with
@@ -474,7 +703,7 @@ def fine_tune(
     keras.utils.set_random_seed(settings.seed)  # of dropout, and of the order, into which tf.data mixes TensorFlow's own seed
     dataset = pair_dataset(pair, train, weights=weights if fixed else None, shuffle_seed=settings.seed, **shape)
     kind, name = (_Given, "given_weights") if fixed else (ImportanceModel, "importance_model")
-    model = kind(pair.model.inputs, pair.model.outputs, weighting=weighting, name=name)
+    model = kind(pair.model.inputs, pair.model.outputs, weighting=weighting, name=name, check=False if fixed else check)
     model.compile(_optimizer(settings, steps * settings.epochs), pair_loss(settings.loss), jit_compile=jit_compile)
     watch = _Validation(pair, validation, settings, steps, description)
     model.fit(dataset, epochs=settings.epochs, shuffle=False, verbose=0, callbacks=[watch, *callbacks])
