@@ -164,15 +164,13 @@ def _checked(frame: pd.DataFrame, scores, probabilities) -> tuple[np.ndarray, np
 # %% ../nbs/09_evaluation.ipynb #25217434
 class _Error(NamedTuple):
     """What the error of a mean difference is made of, (...,) each. parts: variances, first the queries' part, then one per set of seeds;
-    degrees: their degrees of freedom; pooled: Satterthwaite's of their sum. third: third cumulant. differing: share of the queries that
-    are not at the most frequent difference."""
+    degrees: their degrees of freedom; pooled: Satterthwaite's of their sum. third: third cumulant, calibrated."""
 
     difference: np.ndarray
     parts: list
     degrees: list
     pooled: np.ndarray
     third: np.ndarray
-    differing: np.ndarray
 
 
 def _seed_part(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,9 +194,10 @@ def _error(by_query: np.ndarray, sides: tuple = ()) -> _Error:
         degrees.append(free)
         squares = squares + there * (seeds**2 + residual**2 / (queries - 1)) / free
     third = ((by_query - difference[..., None]) ** 3).sum(-1) / (queries * (queries - 1) * (queries - 2))
+    third = third * (0.7 + (0.6 + 4 / queries) * _differing(by_query) / queries)
     with np.errstate(invalid="ignore", divide="ignore"):
         pooled = np.clip(sum(parts) ** 2 / squares, min(degrees), None)
-    return _Error(difference, parts, degrees, pooled, third, _differing(by_query) / queries)
+    return _Error(difference, parts, degrees, pooled, third)
 
 # %% ../nbs/09_evaluation.ipynb #b85c2e10
 def _differing(by_query: np.ndarray) -> np.ndarray:
@@ -216,7 +215,7 @@ def _limits(error: _Error, level: float) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(invalid="ignore", divide="ignore"):
         each = sum(part * stdtrit(free, tail) for part, free in zip(error.parts, error.degrees, strict=True)) / variance
         errors = (stdtrit(error.pooled, tail) + each) / 2
-        skewness = error.third / variance**1.5 * (0.7 + 0.6 * error.differing)
+        skewness = error.third / variance**1.5
         below, above = (_skewed(errors, side) * np.sqrt(variance) for side in (skewness, -skewness))
     return error.difference - below, error.difference + above
 

@@ -161,7 +161,8 @@ def before_and_after(table: pd.DataFrame, *, reference: str, unit: str, title: s
 
 def _metric(name: str) -> str:
     start, _, place = name.partition("@")
-    return {"ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "log_loss": "log-loss (nats)"}.get(start, start) + (f"@{place}" if place else "")
+    names = {"ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "auc_per_query": "AUC per query", "log_loss": "log-loss (nats)"}
+    return names.get(start, start) + (f"@{place}" if place else "")
 
 # %% ../nbs/40_plots.ipynb #6bbc3021
 def conflict(cosines, names: Sequence[str], *, title: str, in_samples=None) -> Figure:
