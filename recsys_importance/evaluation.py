@@ -312,7 +312,7 @@ def _shared(first, second) -> tuple[pd.DataFrame, pd.DataFrame]:
     for frame in frames:
         for kind, labels in (("query", frame.index), ("seed", frame.columns)):
             if labels.has_duplicates:
-                twice = labels[labels.duplicated()][0]
+                twice = labels[labels.duplicated()].tolist()[0]
                 raise ValueError(f"{kind} {twice!r} comes twice; give one row per query and one column per seed")
     shared = frames[0].index.intersection(frames[1].index)
     if not len(shared) or not all(frame.shape[1] for frame in frames):
@@ -321,7 +321,7 @@ def _shared(first, second) -> tuple[pd.DataFrame, pd.DataFrame]:
     for frame in frames:
         defined, infinite = frame.notna().any(), np.isinf(frame).to_numpy().any()
         if infinite or (defined.any() and not defined.all()):
-            wrong = "a value is infinite" if infinite else f"seed {defined.index[~defined][0]!r} defines no query while others do"
+            wrong = "a value is infinite" if infinite else f"seed {defined.index[~defined].tolist()[0]!r} defines no query while others do"
             raise ValueError(f"{wrong}; look at that run before comparing")
     there = frames[0].notna().all(axis=1) & frames[1].notna().all(axis=1)
     return frames[0][there], frames[1][there]

@@ -276,15 +276,13 @@ def test_a_units_value_is_how_it_moves_the_metric(objective, unit):
     losses = -np.log(np.where(clicks, p, 1 - p))
     parts = comparison._rows_of(objective, frame, {"one": p[None]}, None, unit)
     judged = comparison._by_sums(parts, 10)
+    metrics = {"auc": lambda w: roc_auc_score(clicks, p, sample_weight=w), "log_loss": lambda w: (w * losses).sum() / w.sum()}
     step, units = 1e-4, codes.max() + 1
     for moved in range(0, units, 7):
         more = weight * (1 + step * (codes == moved))
-        for metric, of in (
-            ("auc", lambda w: roc_auc_score(clicks, p, sample_weight=w)),
-            ("log_loss", lambda w: (w * losses).sum() / w.sum()),
-        ):
-            found = judged[metric].of["one"][0][moved] - of(weight)
-            assert math.isclose(found, units * (of(more) - of(weight)) / step, rel_tol=2e-3, abs_tol=1e-6)
+        for metric, value in metrics.items():
+            found = judged[metric].of["one"][0][moved] - value(weight)
+            assert math.isclose(found, units * (value(more) - value(weight)) / step, rel_tol=2e-3, abs_tol=1e-6)
 
 
 def test_seeds_are_a_level_of_their_own_where_there_are_three():
@@ -467,7 +465,7 @@ def test_the_figure_shows_every_difference():
 
 
 def card_of(pair, *, simulated: bool = False, name: str = "chorus", **changes) -> str:
-    frame = tiny_frame(48, queries=12).assign(**({"simulated": True} if simulated else {}))
+    frame = tiny_frame(48, queries=16).assign(**({"simulated": True} if simulated else {}))
     found = compare({"before": tiny_pair(seed=5), "after": pair}, frame, Objectives(relevance()), reference="before")
     arguments = dict(
         title="A tiny model",
@@ -507,7 +505,7 @@ def test_a_card_says_what_it_was_given():
     ):
         assert line in card.splitlines(), line
     assert "three raters" in card and "SIMULATED" not in card
-    frame = tiny_frame(48, queries=12)
+    frame = tiny_frame(48, queries=16)
     value = evaluate(frame, predict(pair, frame)).summary["ndcg@10"]
     assert re.search(rf"\| relevance \| ndcg@10 \| 0\.\d+ \| {value:.3f} \([-+]0\.\d+, [-+]0\.\d+ to [-+]0\.\d+\) \| \d+ \|", card)
     intervals = len(re.findall(r" to [-+]\d", card))
@@ -583,37 +581,37 @@ def visible(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", line)
 
 
+def read_back(word: str, pair):
+    """The blocks, the kinds of inline content and the texts that another Markdown parser finds in a card in which `word` is everywhere."""
+    frame = tiny_frame(8)
+    p = np.linspace(0.1, 0.9, 8)
+    card = model_card(
+        compare_predictions({"before": p, word: p[::-1]}, frame, Objectives(relevance()), reference="before"),
+        word,
+        pair,
+        title=word,
+        source=Obtained(f"/somewhere/{word.replace('/', '')}", False, frame, "", ""),
+        parts={word: frame},
+        settings={word: word, "nested": {"note": word}},
+        intended_use=word.replace("\n\n", "\n") + "\n\nAnother paragraph.",
+        limits=[word, f"Last: {word}"],
+    )
+    assert card.startswith("# ") and "\x00" not in card
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(card)
+    inline = [token.children for token in tokens if token.type == "inline"]
+    return [(token.type, token.tag) for token in tokens], {child.type for each in inline for child in each}, list(map(shown, inline))
+
+
+@pytest.fixture(scope="module")
+def small_pair():
+    return tiny_pair(seed=6)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_a_card_quotes_stays_text(text):
-    """Read back by another Markdown parser: the same blocks as with harmless words, and every word is there as it was given."""
-    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    pair = tiny_pair(seed=6)
-    frame = tiny_frame(24)
-
-    def parsed(word: str):
-        found = compare({"before": tiny_pair(seed=5), word: pair}, frame, Objectives(relevance()), reference="before")
-        card = model_card(
-            found,
-            word,
-            pair,
-            title=word,
-            source=Obtained(f"/somewhere/{word.replace('/', '')}", False, frame, "", ""),
-            parts={word: frame},
-            settings={word: word, "nested": {"note": word}},
-            intended_use=word.replace("\n\n", "\n") + "\n\nAnother paragraph.",
-            limits=[word, f"Last: {word}"],
-        )
-        assert card.startswith("# ") and "\x00" not in card
-        tokens = parser.parse(card)
-        inline = [child for token in tokens if token.type == "inline" for child in token.children]
-        return (
-            [(token.type, token.tag) for token in tokens],
-            {child.type for child in inline},
-            [shown(token.children) for token in tokens if token.type == "inline"],
-        )
-
-    blocks, kinds, texts = parsed(text)
-    plain_blocks, plain_kinds, _ = parsed("word")
+def test_what_a_card_quotes_stays_text(text, small_pair):
+    """The same blocks as with a harmless word, no markup of its own, and every word is there as it was given."""
+    blocks, kinds, texts = read_back(text, small_pair)
+    plain_blocks, plain_kinds, _ = read_back("word", small_pair)
     assert blocks == plain_blocks
     assert kinds <= plain_kinds | {"text_special"} == {"text", "text_special", "code_inline", "strong_open", "strong_close"}
     for quoted in (visible(text), f"Last: {visible(text)}"):
