@@ -448,8 +448,8 @@ def test_only_queries_that_both_define_count_whatever_their_order():
 def test_seeds_are_paired_by_name():
     rng = np.random.default_rng(3)
     a, b = (table(rng.random((15, 4)) + rng.normal(0, 1, 4)) for _ in range(2))
-    assert paired_interval(a, b) == paired_interval(a[[2, 0, 3, 1]], b[[1, 2, 3, 0]])
-    assert paired_interval(a, b) != paired_interval(a, b.rename(columns={0: 1, 1: 0}))
+    np.testing.assert_allclose(paired_interval(a, b)[:3], paired_interval(a[[2, 0, 3, 1]], b[[1, 2, 3, 0]])[:3], rtol=1e-9)
+    assert abs(paired_interval(a, b).low - paired_interval(a, b.rename(columns={0: 1, 1: 0})).low) > 0.01
 
 
 @pytest.mark.parametrize(
