@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import __version__
 from .data import DATASETS, Obtained
-from .evaluation import LEAST_SEEDS, Interval, evaluate, paired_interval
+from .evaluation import LEAST_DIFFERING, LEAST_QUERIES, LEAST_SEEDS, Interval, evaluate, paired_interval
 from .models import PairModel, TwoTower, predict
 from .objectives import Objective, Objectives, columns_of
 
@@ -480,6 +480,8 @@ def _results(comparison: Comparison, model: str) -> str:
         f"{100 * comparison.level:g}% interval over the values of {_code(comparison.unit)}{seeds}; units: how many of these values "
         "define the metric. Log-loss is in nats, and lower is better; for the others higher is."
     )
+    if comparison.table["too_few"].str.startswith("too few").any():
+        words += f" Too few to say: fewer than {LEAST_QUERIES} units define the metric, or fewer than {LEAST_DIFFERING} differ in it."
     return f"{_table(header, rows, bold=2 + list(summary).index(model))}\n\n{words}"
 
 
