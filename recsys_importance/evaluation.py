@@ -299,11 +299,11 @@ def paired_interval(first, second, *, level: float = 0.95, over: str | None = No
 def _too_few(by_query: np.ndarray, seeds: int | None) -> str:
     """Why nothing can be said, or nothing. seeds: None where they are not generalised to."""
     if seeds is not None and seeds < LEAST_SEEDS:
-        return f"too few to say: {seeds} seed{'s' * (seeds > 1)} of at least {LEAST_SEEDS}"
+        return f"too few to say: {seeds} of at least {LEAST_SEEDS} seeds"
     if len(by_query) < LEAST_QUERIES:
-        return f"too few to say: {len(by_query)} queries of at least {LEAST_QUERIES}"
+        return f"too few to say: {len(by_query)} of at least {LEAST_QUERIES} queries"
     differing = int(_differing(by_query))
-    return f"too few to say: {differing} queries differ, of at least {LEAST_DIFFERING}" if differing < LEAST_DIFFERING else ""
+    return f"too few to say: {differing} of at least {LEAST_DIFFERING} queries differ" if differing < LEAST_DIFFERING else ""
 
 # %% ../nbs/09_evaluation.ipynb #e7701c3b
 def _shared(first, second) -> tuple[pd.DataFrame, pd.DataFrame]:

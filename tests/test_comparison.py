@@ -341,7 +341,7 @@ def test_too_few_units_have_a_difference_and_no_interval(objective):
     found = compare_predictions(guesses(frame), frame, Objectives(objective), reference="before")
     row = row_of(found, objective.name, "mrr", "uniform")
     assert 0 < row["value"] <= 1 and row["units"] == 1 and np.isfinite(row["difference"]) and row[["low", "high", "p"]].isna().all()
-    assert row["too_few"] == "too few to say: 1 units of at least 10"
+    assert row["too_few"] == "too few to say: 1 of at least 10 units"
     assert found.summary().loc[(objective.name, "mrr"), "uniform"].endswith(", too few to say)")
     assert row_of(found, objective.name, "mrr", "before")["too_few"] == ""
 

@@ -455,12 +455,12 @@ def test_seeds_are_paired_by_name():
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        (np.arange(9.0)[:, None], "too few to say: 9 queries of at least 10"),
-        (np.arange(80.0).reshape(40, 2) ** 2, "too few to say: 2 seeds of at least 3"),
-        (np.repeat([[1.0], [0.0]], [4, 50], axis=0), "too few to say: 4 queries differ, of at least 5"),
-        (np.repeat([[0.25]], 40, axis=0), "too few to say: 0 queries differ, of at least 5"),
-        (np.full((40, 3), 0.0), "too few to say: 0 queries differ, of at least 5"),
-        (np.full((40, 1), np.nan), "too few to say: 0 queries of at least 10"),
+        (np.arange(9.0)[:, None], "too few to say: 9 of at least 10 queries"),
+        (np.arange(80.0).reshape(40, 2) ** 2, "too few to say: 2 of at least 3 seeds"),
+        (np.repeat([[1.0], [0.0]], [4, 50], axis=0), "too few to say: 4 of at least 5 queries differ"),
+        (np.repeat([[0.25]], 40, axis=0), "too few to say: 0 of at least 5 queries differ"),
+        (np.full((40, 3), 0.0), "too few to say: 0 of at least 5 queries differ"),
+        (np.full((40, 1), np.nan), "too few to say: 0 of at least 10 queries"),
     ],
 )
 def test_too_few_to_say_is_a_state_without_bounds(first, message):
@@ -482,7 +482,7 @@ def test_rounding_errors_are_no_differences():
     first = second * (1 + 1e-15)
     first.iloc[:4] += 0.1
     found = paired_interval(first, second)
-    assert found.too_few == "too few to say: 4 queries differ, of at least 5"
+    assert found.too_few == "too few to say: 4 of at least 5 queries differ"
     assert paired_interval(second * (1 + 1e-15), second).difference == 0
 
 
