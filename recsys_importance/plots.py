@@ -127,7 +127,7 @@ def before_and_after(table: pd.DataFrame, *, reference: str, unit: str, title: s
     """A panel per metric: each model's difference to the reference for each objective, with its interval; what excludes zero is filled.
 
     table: rows with objective, metric, model, difference, low, high and better ("higher" or "lower"), as `comparison.Comparison` holds
-    them; rows without a difference are left out. unit: what the intervals draw; level: of the intervals.
+    them; rows without a difference are left out, one without an interval has no line. unit: what the intervals are over; level: of them.
     """
     _need(table, ["objective", "metric", "model", "difference", "low", "high", "better"])
     rows = table[(table["model"] != reference) & table["difference"].notna()]
@@ -153,7 +153,8 @@ def before_and_after(table: pd.DataFrame, *, reference: str, unit: str, title: s
         axis.margins(x=0.12)
         axis.locator_params(axis="x", nbins=5)
     handles = [plt.Line2D([], [], color=_colour(model, place), marker="o", linewidth=2.5) for place, model in enumerate(models)]
-    words = f"difference to {reference}, {level:.0%} interval over {unit}; filled: 0 is outside"
+    words = f"difference to {reference}, {100 * level:g}% interval over {unit}; filled: 0 is outside"
+    words += "; no line: too few to say" * bool(rows["low"].isna().any())
     figure.legend(handles, models, title=words, loc="outside lower center", ncols=len(models), frameon=False, fontsize=9, title_fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -161,7 +162,8 @@ def before_and_after(table: pd.DataFrame, *, reference: str, unit: str, title: s
 
 def _metric(name: str) -> str:
     start, _, place = name.partition("@")
-    return {"ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "log_loss": "log-loss (nats)"}.get(start, start) + (f"@{place}" if place else "")
+    names = {"ndcg": "NDCG", "mrr": "MRR", "auc": "AUC", "auc_per_query": "AUC per query", "log_loss": "log-loss (nats)"}
+    return names.get(start, start) + (f"@{place}" if place else "")
 
 # %% ../nbs/40_plots.ipynb #6bbc3021
 def conflict(cosines, names: Sequence[str], *, title: str, in_samples=None) -> Figure:

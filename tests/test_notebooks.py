@@ -23,7 +23,6 @@ QUICK = {
         "clicked": 8,
         "unclicked": 1,
         "importance_pairs": 8,
-        "resamples": 50,
     },
 }
 
