@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .kernels import _mkl_is_slow
-from .rules import _conv1d, _linear, _rule_for
+from .rules import _conv1d, _linear, _refuse_batch_statistics, _rule_for
 from .taps import _LinearTap, _Site, _Tap
 from .terms import Term, _Grams, _inner
 
@@ -38,6 +38,8 @@ class _Tape:
     def recording(self):
         handles = []
         try:
+            norms = (module for module in self.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+            handles += [module.register_forward_pre_hook(_refuse_batch_statistics) for module in norms]
             for site in self.sites:
                 # first of all hooks: what others make of the output comes after the module
                 handles.append(site.module.register_forward_hook(site.hook, with_kwargs=True, prepend=True))

@@ -192,7 +192,8 @@ class _Site:
             term, count = terms[name], self.tape.count
             match term:
                 case Outer(left, right):
-                    fits = (len(left), *left.shape[2:], *right.shape[2:]) == (count, *parameter.shape) and left.shape[:2] == right.shape[:2]
+                    matrix = (parameter.shape[0], parameter[0].numel()) if parameter.ndim > 1 else ()  # a kernel as (out, all the rest)
+                    fits = (len(left), *left.shape[2:], *right.shape[2:]) == (count, *matrix) and left.shape[:2] == right.shape[:2]
                 case Rows(index, values):
                     fits = (len(index), *values.shape[2:]) == (count, *parameter.shape[1:]) and index.shape == values.shape[:2]
                 case Whole(gradients):
