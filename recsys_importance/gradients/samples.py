@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from .shared import _following_where_needed
 from .tape import _Tape
 from .terms import _weighted_sum
 from recsys_importance.reference import (
@@ -69,6 +70,7 @@ def sample_gradients(
     return _sample_gradients(model, loss, batch, counted, {p for p in model.parameters() if p.requires_grad}, by_sample, loss_scale)
 
 
+@_following_where_needed
 def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale) -> SampleGradients:
     if hasattr(model, "_orig_mod"):
         raise ValueError(

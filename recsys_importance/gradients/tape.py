@@ -14,6 +14,7 @@ import torch
 
 from .kernels import _mkl_is_slow
 from .rules import _conv1d, _linear, _refuse_batch_statistics, _rule_for
+from .shared import _CannotTell, _Followed, _is_followed
 from .taps import _LinearTap, _Site, _Tap
 from .terms import Term, _Grams, _inner
 
@@ -32,6 +33,8 @@ class _Tape:
         self.in_backward = self.paused = False
         self.grams = _Grams()
         self.anchor = torch.zeros((), requires_grad=True)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.following = _Followed(self, trainable) if _is_followed(model, by_sample) else None
         self.sites = list(_sites(self, by_sample))
 
     @contextlib.contextmanager
@@ -45,7 +48,10 @@ class _Tape:
                 handles.append(site.module.register_forward_hook(site.hook, with_kwargs=True, prepend=True))
                 if site.rule in (_linear, _conv1d):
                     handles.append(site.module.register_forward_pre_hook(self._cast))
-            yield self
+            if self.following is not None:
+                handles += self.following.watch()
+            with self.following or contextlib.nullcontext():
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -64,10 +70,14 @@ class _Tape:
     def backward(self, losses: torch.Tensor, scale: torch.Tensor) -> None:
         """Run the backward pass of sum_i scale_i l_i through the activations only."""
         self.in_backward = True
+        if self.following is not None:
+            losses = self.following.close(losses)
         if losses.grad_fn is None:
             return
         _check_uses(losses.grad_fn, {id(p): name for name, p in self.model.named_parameters() if p in self.counted | self.kept})
         torch.autograd.grad(losses, self.anchor, scale, allow_unused=True)
+        if self.following is not None:
+            self.following.settle()
         self.cast, self.grams = None, _Grams()
         for parameter in [p for p in self.terms if self.pending[p]]:  # some of its modules do not reach the loss
             self._settle(parameter)
@@ -103,6 +113,8 @@ def _widened(term: Term) -> Term:
 def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
     """The modules to record, each parameter in one of them only."""
     wanted, inside = tape.counted | tape.kept, ()
+    if tape.following is not None:
+        wanted = set(tape.following.parameters.values())
     known = {p for module in tape.model.modules() if _rule_for(module) for p in module._parameters.values()}
     for name, module in tape.model.named_modules():
         if inside and (inside == ("",) or name.startswith(inside)):
@@ -121,8 +133,10 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
             site = _Site(tape, name, module, own, _rule_for(module))
             if site.rule is None and known.issuperset(own.values()):
                 continue  # another name of a parameter that a module with a rule holds
+            if site.rule is None and tape.following is not None:
+                continue
             if site.rule is None:
-                raise ValueError(
+                raise _CannotTell(
                     f"no rule for the parameters {', '.join(own)} of {site}. Register one with @rule({type(module).__name__}), "
                     f"form its gradient sample by sample with by_sample={name or '*'!r}, freeze them, or use recsys_importance.reference, "
                     "which takes any model"
@@ -152,7 +166,7 @@ def _check_uses(root, names: dict[int, str]) -> None:
                     following.site.check_consumer(following, node)
                 variable = getattr(following, "variable", None)
                 if variable is not None and id(variable) in names and not any(variable is p for p in holders):
-                    raise ValueError(
+                    raise _CannotTell(
                         f"parameter {names[id(variable)]!r} is used outside the forward of a module that holds it, so its gradient "
                         "cannot be told apart by sample. Give by_sample the module in whose forward all of its uses are, or use "
                         "recsys_importance.reference"

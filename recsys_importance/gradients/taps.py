@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .kernels import _onednn, _rows_that_count, _rows_times_rows
 from .rules import Rule, _conv1d, _linear
+from .shared import _CannotTell
 from .terms import Outer, Rows, Term, Whole
 
 if TYPE_CHECKING:
@@ -87,9 +88,11 @@ class _Site:
         if not self.tape.in_backward:  # a checkpointed module comes a second time in the backward pass
             for parameter in self.own.values():
                 self.tape.pending[parameter] += 1
+        inputs = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        if self.tape.following is not None and self.tape.following.takes(self, inputs, output):
+            return None
         if self.own and self.rule is None:
             return self._tap_whole_call(args, kwargs, output)
-        inputs = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
         if self.own:
             raw = output
             inputs, output = self._per_sample(inputs, output)
@@ -106,6 +109,8 @@ class _Site:
 
     def _given(self, places) -> bool:
         """Whether these are a column of the batch, as it is or on another device or in another dtype."""
+        if self.tape.following is not None:  # which has told samples from positions by other means
+            return True
         same_shape = (x for x in self.tape.columns if x.shape == places.shape)
         return any(torch.equal(x.to(places.device, places.dtype), places) for x in same_shape)
 
@@ -113,16 +118,18 @@ class _Site:
         """Inputs and output with the batch as first dimension; what is the same for all samples is repeated (without copying)."""
         count = self.tape.count
         if not torch.is_tensor(output):
-            raise ValueError(f"{self} returned {type(output).__name__}, expected a tensor; pass by_sample={self.name!r}")
+            raise _CannotTell(f"{self} returned {type(output).__name__}, expected a tensor; pass by_sample={self.name!r}")
         shape = tuple(output.shape)
         table = isinstance(self.module, torch.nn.Embedding)
         if table and inputs[0].ndim == 1 and len(output) == count > 1 and not self._given(inputs[0]):
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} was given the places {int(inputs[0][0])} to {int(inputs[0][-1])} for {count} samples: these may be positions or "
                 f"one place per sample; give positions as (1, {count}), or places per sample as a column of the batch"
             )
+        if table and inputs[0].ndim > 1 and inputs[0].numel() == 1 < count:
+            raise _CannotTell(f"{self} was given one place for {count} samples, which may be a position or the distance of one")
         if output.ndim and len(output) == 1 < count and any(x.requires_grad and _recorded(x.grad_fn) for x in inputs):
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} was given one row for {count} samples, made from what already had a row for each: what is the same for all "
                 "samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
             )
@@ -132,7 +139,7 @@ class _Site:
             output = output.expand(count, *output.shape[1:])
             inputs = [x.expand(count, *x.shape[1:]) if x.ndim and len(x) == 1 else x for x in inputs]
         if output.ndim < (2 if self.rule in (_linear, _conv1d) else 1) or len(output) != count:
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} returned a tensor of shape {shape} in a batch of {count} samples; expected the samples as first "
                 "dimension, or 1 if all share it. Reshape in the model, pass by_sample for a module around it, or use "
                 "recsys_importance.reference"
@@ -142,7 +149,7 @@ class _Site:
     def check_consumer(self, tap, consumer) -> None:
         """Raise ValueError if what reads a table of distances takes its first dimension for positions."""
         if tap.use.square and self.tape.count > 1 and tuple(consumer._input_metadata[0].shape) != tuple(tap.shape):
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} was given places of shape ({self.tape.count}, {self.tape.count}), which may be distances of positions or one row "
                 "per sample; pass by_sample for a module around it"
             )
@@ -168,7 +175,7 @@ class _Site:
         """Raise ValueError if only the first of the rows that all samples share has a gradient, though other samples have one."""
         first = self.tape.first
         if first is not None and first[1:].any() and e[0].any() and not e[1:].any():
-            raise ValueError(f"{self} has one output for all samples, of which each gets a row; take no row of it: leave out [0]")
+            raise _CannotTell(f"{self} has one output for all samples, of which each gets a row; take no row of it: leave out [0]")
 
     def deliver(self, call, inputs, gradients):
         """In the backward pass: turn the output's gradient into terms and hand them to the tape."""
