@@ -157,7 +157,7 @@ def _check_uses(root, names: dict[int, str]) -> None:
                 "reentrant gradient checkpointing hides the layers; use gradient_checkpointing_enable({'use_reentrant': False})"
             )
         if isinstance(node, _Tap._backward_cls):  # its module's own work lies between its outputs and its inputs
-            groups = [(edges[1 + node.count :], ()), (edges[1 : 1 + node.count], node.site.own.values())]
+            groups = [(edges[1 : 1 + node.count], node.site.own.values()), (edges[1 + node.count :], ())]  # the last is walked first
         else:
             groups = [(edges, () if isinstance(node, _LinearTap._backward_cls) else holders)]
         for followings, holders in groups:

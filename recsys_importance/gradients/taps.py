@@ -126,12 +126,15 @@ class _Site:
                 f"{self} was given the places {int(inputs[0][0])} to {int(inputs[0][-1])} for {count} samples: these may be positions or "
                 f"one place per sample; give positions as (1, {count}), or places per sample as a column of the batch"
             )
-        if table and inputs[0].ndim > 1 and inputs[0].numel() == 1 < count:
-            raise _CannotTell(f"{self} was given one place for {count} samples, which may be a position or the distance of one")
-        if output.ndim and len(output) == 1 < count and any(x.requires_grad and _recorded(x.grad_fn) for x in inputs):
+        if table and self._square(inputs) and count > 1 or table and inputs[0].ndim > 1 and inputs[0].numel() == 1 < count:
             raise _CannotTell(
-                f"{self} was given one row for {count} samples, made from what already had a row for each: what is the same for all "
-                "samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
+                f"{self} was given places of shape {tuple(inputs[0].shape)} for {count} samples, which may be distances of positions or "
+                "one row per sample; pass by_sample for a module around it"
+            )
+        if output.ndim and len(output) == 1 < count and not table:
+            raise _CannotTell(
+                f"{self} was given one row for {count} samples, which may be what all of them share or one position; what is the same for "
+                "all samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
             )
         if isinstance(self.module, torch.nn.Embedding) and inputs[0].ndim == 1 and len(output) != count:  # positions (T,)
             inputs, output = [inputs[0][None], *inputs[1:]], output[None]
