@@ -62,7 +62,7 @@ def _following_where_needed(function: Callable) -> Callable:
 
     return run
 
-# %% ../../nbs/library/gradients/shared.ipynb #cddc67ad
+# %% ../../nbs/library/gradients/shared.ipynb #7c621c90
 class _Seen(torch.autograd.Function):
     """The identity; in the backward pass it shows the gradient to a function."""
 
@@ -93,6 +93,7 @@ class _Following(TorchFunctionMode):
         self.kept = []  # an id is a tensor's for as long as the tensor lives
         self.shared, self.given = set(), set()  # ids: made of parameters alone; one row per sample of the batch's own columns
         self.base = {}  # id of a shared tensor -> what each sample's block of rows is, but for a constant
+        self.blocks = set()  # ids of shared tensors that have a block of rows for each sample, one sample after the other
         self.aliases, self.transposed = {}, {}  # id of a parameter -> its stand-in; id of a stand-in's transpose -> the parameter
         self.calls = []  # (take, output): modules and look-ups among what is shared
         self.whole, self.rows = {}, {}  # id of a shared tensor -> (it, gradient per sample), of the tensor or of the sample's row
@@ -160,12 +161,14 @@ class _Following(TorchFunctionMode):
         owner = x if id(x) in self.parameters else next((self.parameters[k] for k, alias in self.aliases.items() if alias is x), None)
         return "something made of parameters" if owner is None else f"parameter {self.names[id(owner)]!r}"
 
-# %% ../../nbs/library/gradients/shared.ipynb #b459f51d
+# %% ../../nbs/library/gradients/shared.ipynb #7ae14f88
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "register_hook", "requires_grad_"}
 _QUESTIONS |= {"__len__", "__get__", "is_complex", "get_device", "nelement", "element_size", "storage_offset"}
 _QUESTIONS |= {"__hash__", "__repr__", "__format__"}
 _ONLY_LOOKS_AT = {"expand_as", "type_as", "view_as", "reshape_as", "to"}
+_WITHIN_ROWS = {"bmm", "matmul", "add", "sub", "gather", "softmax", "exp", "tanh", "masked_fill"}
 _LINEAR_BY_ROW = {"transpose", "contiguous", "to", "float", "double", "clone", "div", "mul", "neg", "mT", "swapaxes", "type_as"}
+_WITHIN_ROWS |= _LINEAR_BY_ROW
 
 
 def _name(func) -> str:
@@ -207,6 +210,7 @@ class _Among(_Following):
             self.tag(x)
         if len(outputs) == 1:
             self._find_base(func, name, args, kwargs, outputs[0])
+            self._find_blocks(name, args, kwargs, outputs[0])
         if name in ("T", "mT", "t") or (name == "transpose" and outputs[0].ndim == 2):
             owner = next((self.parameters[k] for k, alias in self.aliases.items() if alias is args[0]), None)
             if owner is not None and owner.ndim == 2:
@@ -265,6 +269,16 @@ class _Among(_Following):
             if base.ndim == output.ndim and len(output) == count * len(base) and _reach(base, output):
                 self.base[id(output)] = base
 
+    def _find_blocks(self, name, args, kwargs, output) -> None:
+        """Note whether the rows are still a block for each sample, as expand or repeat made them."""
+        sources = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and id(x) in self.blocks]
+        if id(output) in self.base:
+            self.blocks.add(id(output))
+        elif sources and name in _WITHIN_ROWS and output.ndim == sources[0].ndim and len(output) == len(sources[0]):
+            dimensions = {"transpose": args[1:], "swapaxes": args[1:], "gather": (kwargs.get("dim", args[1] if len(args) > 1 else 0),)}
+            if not {0, -output.ndim} & set(dimensions.get(name, ())):
+                self.blocks.add(id(output))
+
 
 def _reach(base: torch.Tensor, output: torch.Tensor) -> bool:
     """Whether the base's dimensions after the first are the output's, or 1."""
@@ -279,7 +293,7 @@ def _padding(args, kwargs):
         raise _CannotTell("functional.embedding with max_norm, scale_grad_by_freq or sparse has a gradient that is not the loss's own")
     return options.get("padding_idx")
 
-# %% ../../nbs/library/gradients/shared.ipynb #eb405a4b
+# %% ../../nbs/library/gradients/shared.ipynb #5974b451
 _BROADCASTS = {"add", "sub", "rsub", "mul", "multiply", "div", "divide", "rdiv", "pow", "rpow", "where", "maximum", "minimum"}
 _BROADCASTS |= {"max", "min", "lerp", "addcmul", "addcdiv", "subtract", "atan2", "logaddexp", "xlogy", "hypot"}
 _BROADCASTS |= {"float_power", "scaled_dot_product_attention"}
@@ -328,8 +342,8 @@ class _Meeting(_Among):
         base = self.base.get(id(x))
         if len(line) == rows and base is not None and rows == count * len(base):
             return self._seen(line, lambda e: self._arrived(self.whole, base, _summed_to(e.reshape(count, -1, *e.shape[1:]), base.shape)))
-        if len(line) == rows == count:
-            return self._seen(line, lambda e: self._arrived(self.rows, x, e))
+        if len(line) == rows == count or (len(line) == rows and id(x) in self.blocks):
+            return self._seen(line, lambda e: self._arrived(self.rows, x, e.reshape(count, -1, *e.shape[1:])))
         self.refuse(
             f"{self._of(x)}, of shape {tuple(x.shape)}, meets a tensor with {rows} rows in a batch of {count} samples; expected the "
             "samples as first dimension. Reshape in the model, or give by_sample the module around it"
@@ -512,7 +526,7 @@ class _Columns(_Meeting):
             return isinstance(dimension, int) and dimension not in (0, -given[0].ndim, *([-output.ndim] if name == "stack" else []))
         return False
 
-# %% ../../nbs/library/gradients/shared.ipynb #83d6611a
+# %% ../../nbs/library/gradients/shared.ipynb #849acaec
 _ANY_SHAPE = (_linear, _conv1d, _embedding, _layer_norm, _rms_norm, _scaling)  # rules for outputs of any dimensions after the first
 
 
@@ -572,7 +586,7 @@ class _Followed(_Columns):
         found = []
         for i in range(self.count):
             directions = [_only_row(e, i) if by_row else e[i] for _, e, by_row in met]
-            directions = [e.to(x.dtype) for e, (x, *_) in zip(directions, met, strict=True)]
+            directions = [e.to(x.dtype).reshape(x.shape) for e, (x, *_) in zip(directions, met, strict=True)]
             found.append(torch.autograd.grad([x for x, *_ in met], targets, directions, retain_graph=True, allow_unused=True))
         for k, take in enumerate(takes):
             parts = [row[k] for row in found]
