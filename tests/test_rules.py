@@ -221,7 +221,7 @@ def test_a_bag_that_all_samples_share_is_refused_and_a_sparse_one_too():
     shared = Through(
         lambda m, x: m.head(x + m.bag(torch.tensor([1, 2]), torch.tensor([0]))), bag=nn.EmbeddingBag(7, 6), head=nn.Linear(6, 2)
     )
-    with pytest.raises(ValueError, match=r"module 'bag' \(EmbeddingBag\): expected one bag per sample"):
+    with pytest.raises(ValueError, match="that all samples share; give it as one row"):
         gradient_norms(shared, readout, numbers(4, 6))
     with pytest.raises(ValueError, match="without sparse"):
         gradient_norms(nn.EmbeddingBag(7, 4, sparse=True), readout, places(5, 6))

@@ -526,7 +526,7 @@ class _Columns(_Meeting):
             return isinstance(dimension, int) and dimension not in (0, -given[0].ndim, *([-output.ndim] if name == "stack" else []))
         return False
 
-# %% ../../nbs/library/gradients/shared.ipynb #849acaec
+# %% ../../nbs/library/gradients/shared.ipynb #e0dec651
 _ANY_SHAPE = (_linear, _conv1d, _embedding, _layer_norm, _rms_norm, _scaling)  # rules for outputs of any dimensions after the first
 
 
@@ -549,7 +549,7 @@ class _Followed(_Columns):
             return True
         if site.rule is None or not isinstance(output, torch.Tensor):
             self.refuse(f"by_sample cannot serve {site}, which is given something that all samples share; name a module around it")
-        if site.rule not in _ANY_SHAPE and len(output) != 1:
+        if site.rule not in _ANY_SHAPE and any(x.ndim and len(x) != 1 for x in (output, *inputs)):
             self.refuse(f"{site} is given something of shape {tuple(inputs[0].shape)} that all samples share; give it as one row, (1, ...)")
         self.tag(output)
         front = len(output) == 1 and site.rule not in _ANY_SHAPE

@@ -161,6 +161,7 @@ class _Site:
         """Tap every tensor that went into or came out of a module without a rule."""
         outputs, shape_of_outputs = pytree.tree_flatten(output)
         inputs, shape_of_inputs = pytree.tree_flatten((args, kwargs))
+        _refuse_packed(self, args, kwargs)
         places = [k for k, x in enumerate(outputs) if torch.is_tensor(x) and x.requires_grad]
         given = [k for k, x in enumerate(inputs) if torch.is_tensor(x)]
         device = next(iter(self.own.values())).device.type
@@ -227,19 +228,23 @@ class _Site:
             for i in range(count):
                 leaves = list(call.constants)
                 for k, x in zip(call.given, inputs, strict=True):
-                    leaves[k] = x[i : i + 1] if x.ndim and len(x) == count else x
+                    leaves[k] = _of_sample(self.module, k, x, i, count)
                 args, kwargs = pytree.tree_unflatten(leaves, call.shape_of_inputs)
                 device, dtype, enabled = call.mode
                 with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                     outputs = pytree.tree_leaves(self.module(*args, **kwargs))
                 for k, result in zip(call.places, results, strict=True):
-                    alone, together = outputs[k].detach(), result[i : i + 1]
+                    alone, together = outputs[k].detach(), _of_sample(self.module, k, result, i, count)
                     if alone.shape != together.shape or (alone - together).abs().max() > 1e-2 * together.abs().max():
                         raise ValueError(
                             f"{self} gives another result for sample {i} alone than in its batch, so by_sample cannot serve it: dropout in "
                             "train mode, or samples that influence one another; use eval mode, register a rule, or freeze it"
                         )
-                pairs = [(outputs[k], e[i : i + 1]) for k, e in zip(call.places, gradients, strict=True) if e is not None]
+                pairs = [
+                    (outputs[k], _of_sample(self.module, k, e, i, count))
+                    for k, e in zip(call.places, gradients, strict=True)
+                    if e is not None
+                ]
                 values, directions = zip(*pairs, strict=True)
                 rows.append(torch.autograd.grad(values, list(self.own.values()), directions, allow_unused=True))
         finally:
@@ -263,6 +268,22 @@ class _Call(NamedTuple):
 def _plain_precision(gradients):
     """Autocast off: it would round what the engine adds up."""
     return torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False)
+
+# %% ../../nbs/library/gradients/taps.ipynb #1d8a949a
+def _of_sample(module, place: int, x: torch.Tensor, i: int, count: int) -> torch.Tensor:
+    """Sample i of a module's tensor, by its place among what was given or returned; what is not per sample stays."""
+    recurrent = isinstance(module, torch.nn.RNNBase)
+    dimension = 1 if recurrent and not (place == 0 and module.batch_first) else 0
+    return x.narrow(dimension, i, 1) if x.ndim > dimension and x.shape[dimension] == count else x
+
+
+def _refuse_packed(site: _Site, args, kwargs) -> None:
+    """Raise ValueError for a recurrent layer that is given a packed sequence, which has no dimension for the samples."""
+    if any(isinstance(x, torch.nn.utils.rnn.PackedSequence) for x in (*args, *kwargs.values())):
+        raise ValueError(
+            f"{site} is given a packed sequence, in which samples cannot be told apart; give it the padded one (and read each sample at "
+            "its last place), or give by_sample a module around the packing that takes one sample alone"
+        )
 
 # %% ../../nbs/library/gradients/taps.ipynb #ca75bde5
 def _recorded(node) -> bool:
