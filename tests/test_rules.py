@@ -1,5 +1,6 @@
 """Rules of norms, convolutions and bags of embeddings against the loop over samples, and what has no gradient per sample."""
 
+import fuzz_gradients
 import pytest
 import torch
 from test_certificate import certify, certify_each_parameter, numbers, places, readout, shaken
@@ -231,3 +232,8 @@ def test_a_picture_without_its_batch_dimension_is_refused():
     model = Through(lambda m, x: m.conv(x).unsqueeze(1), conv=nn.Conv1d(4, 4, 1))
     with pytest.raises(ValueError, match="expected inputs of 3 dimensions, samples first"):
         gradient_norms(model, readout, numbers(4, 5))
+
+
+@pytest.mark.parametrize("seed", range(1000, 1025))
+def test_random_nets(seed):
+    assert fuzz_gradients.error(seed) <= 1e-10
