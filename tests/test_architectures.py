@@ -535,7 +535,7 @@ RECURRENT = {
     "lstm, projected": dict(kind=nn.LSTM, batch_first=True, proj_size=2),
     "gru": dict(kind=nn.GRU, batch_first=True),
     "gru, sequence first, two ways": dict(kind=nn.GRU, bidirectional=True, num_layers=2, bias=False),
-    "rnn": dict(kind=nn.RNN, batch_first=True, nonlinearity="relu"),
+    "rnn": dict(kind=nn.RNN, batch_first=True),
     "rnn, sequence first": dict(kind=nn.RNN),
 }
 

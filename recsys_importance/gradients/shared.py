@@ -62,7 +62,7 @@ def _following_where_needed(function: Callable) -> Callable:
 
     return run
 
-# %% ../../nbs/library/gradients/shared.ipynb #7c621c90
+# %% ../../nbs/library/gradients/shared.ipynb #8e5ac15e
 class _Seen(torch.autograd.Function):
     """The identity; in the backward pass it shows the gradient to a function."""
 
@@ -92,6 +92,7 @@ class _Following(TorchFunctionMode):
         self.parameters = {id(p): p for p in parameters.values()}
         self.kept = []  # an id is a tensor's for as long as the tensor lives
         self.shared, self.given = set(), set()  # ids: made of parameters alone; one row per sample of the batch's own columns
+        self.second = set()  # ids: such rows along the second dimension
         self.base = {}  # id of a shared tensor -> what each sample's block of rows is, but for a constant
         self.blocks = set()  # ids of shared tensors that have a block of rows for each sample, one sample after the other
         self.aliases, self.transposed = {}, {}  # id of a parameter -> its stand-in; id of a stand-in's transpose -> the parameter
@@ -128,7 +129,9 @@ class _Following(TorchFunctionMode):
             return result
         if name in _ONLY_LOOKS_AT:
             args = (args[0], *(x.detach() if isinstance(x, torch.Tensor) else x for x in args[1:]))
-        if any(self.depends(x) for x in pytree.tree_leaves((args, kwargs))):
+        if any(self.depends(x) for x in pytree.tree_leaves((args, kwargs))) or (
+            not _in_place(func) and self._meets_known_rows(name, args, kwargs)
+        ):
             return self._meet(func, name, args, kwargs)
         return self._among_shared(func, name, args, kwargs)
 
@@ -293,7 +296,7 @@ def _padding(args, kwargs):
         raise _CannotTell("functional.embedding with max_norm, scale_grad_by_freq or sparse has a gradient that is not the loss's own")
     return options.get("padding_idx")
 
-# %% ../../nbs/library/gradients/shared.ipynb #5974b451
+# %% ../../nbs/library/gradients/shared.ipynb #b1fbe393
 _BROADCASTS = {"add", "sub", "rsub", "mul", "multiply", "div", "divide", "rdiv", "pow", "rpow", "where", "maximum", "minimum"}
 _BROADCASTS |= {"max", "min", "lerp", "addcmul", "addcdiv", "subtract", "atan2", "logaddexp", "xlogy", "hypot"}
 _BROADCASTS |= {"float_power", "scaled_dot_product_attention"}
@@ -313,6 +316,21 @@ class _Meeting(_Among):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         return self._with_copies(func, args, kwargs, max(x.ndim for x in tensors))
 
+    def _meets_known_rows(self, name, args, kwargs) -> bool:
+        """Whether something shared meets constants of which it is known that they have a row per sample: no need to keep them together."""
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if self.count == 1 or not tensors:
+            return False
+        if name in ("linear", "matmul", "bmm", "mm"):
+            return len(tensors) > 1 and self.has_rows(tensors[0]) and self.is_shared(tensors[1]) and tensors[0].ndim > 1
+        if name == "multi_head_attention_forward":
+            return all(id(x) in self.second for x in args[:3])
+        ndim = max(x.ndim for x in tensors)
+        return name in _BROADCASTS | {"cat"} and any(self.has_rows(x) and x.ndim == ndim for x in tensors)
+
+    def has_rows(self, x) -> bool:
+        return isinstance(x, torch.Tensor) and x.ndim > 0 and not x.requires_grad and self.is_given(x)
+
     def refuse_operation(self, name, args, kwargs):
         used = next(x for x in pytree.tree_leaves((args, kwargs)) if self.is_shared(x))
         self.refuse(
@@ -322,7 +340,7 @@ class _Meeting(_Among):
 
     def _with_copies(self, func, args, kwargs, ndim: int):
         """The operation with a copy per sample in the place of each shared tensor."""
-        depending = [x for x in pytree.tree_leaves((args, kwargs)) if self.depends(x)]
+        depending = [x for x in pytree.tree_leaves((args, kwargs)) if self.depends(x) or (self.has_rows(x) and x.ndim == ndim)]
         lengths = {len(x) if x.ndim else 1 for x in depending}
         if self.count > 1 and (any(x.ndim != ndim for x in depending) or len(lengths - {1}) > 1):
             shapes = ", ".join(str(tuple(x.shape)) for x in depending)
@@ -361,13 +379,16 @@ class _Meeting(_Among):
         if self.is_shared(x):
             self.refuse_operation("linear", args, kwargs)
         output = self._times(x, weight, transpose=True) if self.is_shared(weight) else functional.linear(x, weight)
+        if len(output) == self.count and not output.requires_grad:
+            self.given.add(id(output))
+            self.kept.append(output)
         return output if bias is None else self.__torch_function__(torch.Tensor.add, (), (output, bias))
 
     def _meet_matmul(self, func, args, kwargs):
         a, b = args[0], args[1] if len(args) > 1 else kwargs["other"]
-        if b.ndim == 2 and self.is_shared(b) and self.depends(a):
+        if b.ndim == 2 and self.is_shared(b) and not self.is_shared(a):
             return self._times(a, b, transpose=False)
-        if a.ndim == 2 and self.is_shared(a) and self.depends(b) and b.ndim > 2:
+        if a.ndim == 2 and self.is_shared(a) and not self.is_shared(b) and b.ndim > 2:
             return self._times(b.mT, self.__torch_function__(torch.Tensor.transpose, (), (a, 0, 1)), transpose=False).mT
         if b.ndim == 1 and self.is_shared(b):
             return self._times(a, self.__torch_function__(torch.Tensor.unsqueeze, (), (b, 1)), transpose=False).squeeze(-1)
@@ -468,7 +489,7 @@ class _Meeting(_Among):
         x = x.transpose(0, 1)
         if not self.is_shared(weight) and not self.is_shared(bias):
             return functional.linear(x, weight, bias).transpose(0, 1)
-        return self.__torch_function__(functional.linear, (), (x, weight, bias)).transpose(0, 1)
+        return self._meet_linear(functional.linear, (x, weight, bias), {}).transpose(0, 1)
 
 
 _ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v")
@@ -481,7 +502,7 @@ def _summed_to(e: torch.Tensor, shape) -> torch.Tensor:
     dimensions = [d for d, size in enumerate(shape, 1) if size == 1 and e.shape[d] != 1]
     return e.sum(dimensions, keepdim=True) if dimensions else e
 
-# %% ../../nbs/library/gradients/shared.ipynb #38912cd0
+# %% ../../nbs/library/gradients/shared.ipynb #ba7425f4
 _ELEMENTWISE = {"add", "sub", "rsub", "mul", "div", "remainder", "fmod", "floor_divide", "mod", "rmod", "imod", "floordiv", "rfloordiv"}
 _ELEMENTWISE |= {"bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_left_shift", "bitwise_right_shift", "ifloordiv", "and", "or", "xor"}
 _ELEMENTWISE |= {"rand", "ror", "rxor", "lshift", "rshift", "invert", "logical_and", "logical_or", "logical_not", "where", "masked_fill"}
@@ -489,6 +510,7 @@ _ELEMENTWISE |= {"eq", "ne", "gt", "lt", "ge", "le", "isin", "clamp", "clip", "m
 _ELEMENTWISE |= {"to", "type", "type_as", "long", "int", "float", "double", "half", "bool", "cpu", "cuda", "clone", "detach", "contiguous"}
 _ELEMENTWISE |= {"log", "exp", "sqrt", "square", "bucketize"}
 _KEEPS_FIRST = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "one_hot", "expand"}
+_KEEPS_FIRST |= {"linear", "layer_norm", "rms_norm", "dropout", "relu", "gelu", "silu", "tanh", "sigmoid", "conv1d", "conv2d"}
 _ALONG = {"cumsum": 1, "sum": 1, "any": 1, "all": 1, "amax": 1, "select": 1, "narrow": 1, "unbind": 1, "split": 2, "chunk": 2}
 _ALONG |= {"stack": 1, "cat": 1}
 
@@ -501,6 +523,8 @@ class _Columns(_Meeting):
         return self.count == len(x) and (id(x) in self.given or any(x is column for column in self.tape.columns))
 
     def _track(self, name, args, kwargs, tensors, result) -> None:
+        if name == "transpose" and {*args[1:]} == {0, 1} and args[0].ndim > 1 and isinstance(result, torch.Tensor):
+            self._track_transpose(args[0], result)
         if not any(x.ndim and self.is_given(x) for x in tensors):
             return
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor) and x.ndim and len(x) == self.count]
@@ -509,6 +533,13 @@ class _Columns(_Meeting):
             if not x.requires_grad and self._by_row(name, args, kwargs, given, x):
                 self.given.add(id(x))
                 self.kept.append(x)
+
+    def _track_transpose(self, x, result) -> None:
+        if self.is_given(x):
+            self.second.add(id(result))
+        elif id(x) in self.second:
+            self.given.add(id(result))
+        self.kept.append(result)
 
     def _by_row(self, name, args, kwargs, given, output) -> bool:
         if name in _ELEMENTWISE:
@@ -519,7 +550,7 @@ class _Columns(_Meeting):
                 return index[0] == slice(None)
             return index[0] is Ellipsis and sum(x is not None and x is not Ellipsis for x in index) < args[0].ndim
         if name == "embedding" or name in _KEEPS_FIRST:
-            return given[0] is args[0]
+            return len(given) == 1 and given[0] is args[0]
         if name in _ALONG:
             place = _ALONG[name]
             dimension = kwargs.get("dim", args[place] if len(args) > place else 0)
