@@ -86,6 +86,19 @@ def _embedding(module, inputs, e):
         values = values * (index != module.padding_idx)[..., None]
     return {"weight": Rows(index, values)}
 
+
+_SCALED = ("bart.modeling_bart.Bart", "mbart.modeling_mbart.MBart", "m2m_100.modeling_m2m_100.M2M100", "gemma2.modeling_gemma2.Gemma2Text")
+_SCALED += ("gemma.modeling_gemma.GemmaText", "gemma3.modeling_gemma3.Gemma3Text", "nllb_moe.modeling_nllb_moe.NllbMoe")
+
+
+def _scaled_embedding(module, inputs, e):  # an Embedding's rows times embed_scale
+    scale = module.embed_scale
+    return _embedding(module, inputs, e * (scale.to(module.weight.dtype) if torch.is_tensor(scale) else scale))
+
+
+for _kind in _SCALED:
+    rule(f"transformers.models.{_kind}ScaledWordEmbedding")(_scaled_embedding)
+
 # %% ../../nbs/library/gradients/rules.ipynb #1348fd76
 @rule("recsys_importance.models.Affine")  # logit = scale * x + bias, of the two-tower model: how a module of one's own gets a rule
 def _affine(module, inputs, e):
@@ -137,9 +150,12 @@ def _scaling(module, inputs, e):
     slopes = {name: _with_vectors(module, x, none | {name: torch.ones_like(p)}) - base for name, p in own.items()}
     forms = _FORMS.setdefault(module, {})
     key = (x.ndim, x.dtype, type(module).forward)
-    if key not in forms:
-        forms[key] = _dimension_of_vectors(module, x, base, slopes)
-    summed = [d for d in range(1, x.ndim) if d != forms[key]]
+    dimension = forms.get(key)
+    if dimension is None:
+        dimension = _dimension_of_vectors(module, x, base, slopes)
+        if torch.isfinite(base).all():  # else it says too little to be remembered
+            forms[key] = dimension
+    summed = [d for d in range(1, x.ndim) if d != dimension]
     return {name: Whole((slope * e.to(_wide(e))).sum(summed) if summed else slope * e.to(_wide(e))) for name, slope in slopes.items()}
 
 
@@ -153,7 +169,7 @@ def _dimension_of_vectors(module, x, base, slopes: dict[str, torch.Tensor]) -> i
     for dimension in [d for d in reversed(range(1, x.ndim)) if x.shape[d] == length]:
         shape = [length if d == dimension else 1 for d in range(x.ndim)]
         expected = base + sum(slope * vectors[name].reshape(shape) for name, slope in slopes.items())
-        if ((found - expected).abs() <= 64 * precision * (size + size.mean())).all():
+        if not ((found - expected).abs() > 64 * precision * (size + size.nanmean())).any():
             return dimension
     raise ValueError("its output is not linear in each of its vectors, coordinate by coordinate; register a rule or pass by_sample")
 

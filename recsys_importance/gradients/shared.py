@@ -164,7 +164,7 @@ class _Following(TorchFunctionMode):
         owner = x if id(x) in self.parameters else next((self.parameters[k] for k, alias in self.aliases.items() if alias is x), None)
         return "something made of parameters" if owner is None else f"parameter {self.names[id(owner)]!r}"
 
-# %% ../../nbs/library/gradients/shared.ipynb #7ae14f88
+# %% ../../nbs/library/gradients/shared.ipynb #69a636d4
 _QUESTIONS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "data_ptr", "register_hook", "requires_grad_"}
 _QUESTIONS |= {"__len__", "__get__", "is_complex", "get_device", "nelement", "element_size", "storage_offset"}
 _QUESTIONS |= {"__hash__", "__repr__", "__format__"}
@@ -222,6 +222,7 @@ class _Among(_Following):
 
     def _look_up(self, table, places, padding) -> torch.Tensor:
         """table[places]: of each sample's own places, or shared."""
+        given = self.is_given(places)
         places = places.long()
         places = torch.where(places < 0, places + len(table), places)
 
@@ -236,7 +237,7 @@ class _Among(_Following):
             return Whole(whole.index_put_((sample, index), values, accumulate=True))
 
         self.tape.pending[table] += 1
-        if self.is_given(places) or self.count == 1 == len(places):
+        if given or self.count == 1 == len(places):
             return self._seen(
                 table.detach()[places], lambda e: self.tape.add(table, rows(places.reshape(self.count, -1), e), [e])
             )

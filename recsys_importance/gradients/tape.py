@@ -46,7 +46,7 @@ class _Tape:
             for site in self.sites:
                 # first of all hooks: what others make of the output comes after the module
                 handles.append(site.module.register_forward_hook(site.hook, with_kwargs=True, prepend=True))
-                if site.rule in (_linear, _conv1d):
+                if site.rule in (_linear, _conv1d) and self.following is None:  # which follows the input itself
                     handles.append(site.module.register_forward_pre_hook(self._cast))
             if self.following is not None:
                 handles += self.following.watch()
