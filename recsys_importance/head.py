@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 from torch.utils import _pytree as pytree
 
+from .gradients import in_repeated_pass
 from .models import evaluating
 from .objectives import Objectives
 from .proxies import _square
@@ -295,7 +296,7 @@ class ImportanceHead(torch.nn.Module):
         self._watched, self._found = {}, None
 
         def watched(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-            if id(batch) in self._watched:
+            if id(batch) in self._watched or in_repeated_pass():
                 return loss(model, batch)
             inside = _inside(model)
             with _recording(inside, self.hidden) as calls:

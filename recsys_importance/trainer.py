@@ -31,7 +31,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .balance import BALANCES, balanced_backward
-from .gradients import _gathered, _ranks, gradient_norms, weighted_backward
+from .gradients import _gathered, _ranks, gradient_norms, in_repeated_pass, weighted_backward
 from .head import ImportanceHead
 from .importance import Weighting, effective_sample_size
 from .objectives import Objectives
@@ -189,7 +189,7 @@ class _Recorder:
     def matrix(self, model, batch):
         with self.context():
             found = self.loss.matrix(model, batch)
-        if not self.paused:
+        if not (self.paused or in_repeated_pass()):
             totals = torch.stack([found.losses.detach().sum(0), found.present.sum(0).to(found.losses.dtype)])
             self.totals = self.totals.to(totals) + totals
         return found

@@ -285,6 +285,9 @@ MOVING = {
 @pytest.mark.parametrize("case", MOVING)
 def test_samples_that_move_or_mix_are_noticed(case, each_kernel):
     model, batch = MOVING[case]()
+    if case in ("sequence first, T = 1", "distances, T = B"):  # told apart by following the operations
+        assert_right(model, residual, batch)
+        return
     for action in (gradient_norms, lambda *given: weighted_backward(*given, Weighting(exponent=0))):
         with pytest.raises(ValueError):
             action(model, residual, batch)
@@ -315,12 +318,11 @@ def test_positions_that_are_as_many_as_samples_later_are_noticed():
 # --- weights that are not what they seem ------------------------------------------------------------------------------------------------
 
 
-def test_forward_patched_on_one_module_has_no_rule():
+def test_forward_patched_on_one_module_is_no_linear_s():
     model = net()
     plain = model[2].forward
     model[2].forward = lambda x: 2 * plain(x) + x
-    with pytest.raises(ValueError, match=r"no rule for the parameters weight, bias of module '2' \(Linear\)"):
-        gradient_norms(model, residual, rows())
+    assert_right(model, residual, rows())
     exact = gradient_norms_by_loop(model, residual, rows())
     torch.testing.assert_close(gradient_norms(model, residual, rows(), by_sample="2"), exact, rtol=1e-4, atol=0)
 
@@ -353,7 +355,7 @@ def test_a_frozen_weight_made_of_trained_ones_keeps_its_graph(each_kernel):
         hidden = torch.func.functional_call(model["body"], {"weight": weight}, batch["x"])
         return (model["head"](hidden)[:, 0] - batch["y"]) ** 2
 
-    with pytest.raises(ValueError, match=r"whose one output serves all 5 samples.*by_sample"):
+    with pytest.raises(ValueError, match=r"module 'made' \(Linear\) was given one row for 5 samples"):
         gradient_norms(model, loss, rows())
     found = gradient_norms_by_loop(model, loss, rows())
     torch.testing.assert_close(found, norms_of_the_whole_batch(model, loss, rows()), rtol=1e-4, atol=0)

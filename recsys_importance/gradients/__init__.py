@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['Outer', 'RULES', 'Rows', 'Rule', 'SampleGradients', 'Term', 'Whole', '_gathered', '_noise', '_ranks', '_same_noise',
-           'gradient_norms', 'largest_error', 'rule', 'sample_gradients', 'weighted_backward']
+           'gradient_norms', 'in_repeated_pass', 'largest_error', 'rule', 'sample_gradients', 'weighted_backward']
 
 # %% ../../nbs/21_gradients.ipynb #91b99832
 from .ranks import _gathered, _ranks
 from .rules import RULES, Rule, rule
 from .samples import SampleGradients, gradient_norms, largest_error, sample_gradients
 from .step import weighted_backward
-from .tape import _noise, _same_noise
+from .tape import _noise, _same_noise, in_repeated_pass
 from .terms import Outer, Rows, Term, Whole
 
 _all_ = ["Outer", "RULES", "Rows", "Rule", "SampleGradients", "Term", "Whole", "_gathered", "_noise", "_ranks", "_same_noise"]
-_all_ += ["gradient_norms", "largest_error", "rule", "sample_gradients", "weighted_backward"]
+_all_ += ["gradient_norms", "in_repeated_pass", "largest_error", "rule", "sample_gradients", "weighted_backward"]

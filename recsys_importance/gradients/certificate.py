@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from .shared import _FOLLOWED
 from .tape import _State, _Tape
 from .terms import _weighted_sum, _written_out
 from ..reference import Loss, in_dtype
@@ -89,8 +90,16 @@ def _certify(tape: _Tape, loss: Loss, batch: dict, losses: torch.Tensor, scale: 
             stacklevel=2,
         )
         return
+    if not all(torch.isfinite(g).all() for g in (tape.squares, *plain.values()) if g is not None):  # an overflow in half precision, say
+        return
     wrong = _differences(tape, factors, plain, _tolerance(tape)) | _wrong_norms(tape, losses)
-    if wrong and not _is_rounding(tape, loss, batch, factors, state, 1e-6 * _whole(plain)):
+    if not wrong:
+        return
+    with _gradients_set_aside(tape.model), state.again():  # a gradient that is zero but for rounding is small beside the whole model's
+        whole = _whole(_plain_gradients(tape, loss, batch, factors * scale, everything=True)[1])
+    noise = whole * (1e-12 if losses.dtype == torch.float64 else _FLOOR)
+    wrong = _differences(tape, factors, plain, _tolerance(tape), noise) | _wrong_norms(tape, losses, noise)
+    if wrong and not _is_rounding(tape, loss, batch, factors, state, 1e-6 * whole):
         _refuse(tape, wrong)
 
 
@@ -101,9 +110,9 @@ def _factors(count: int, like: torch.Tensor) -> torch.Tensor:
     return (sizes * torch.randint(0, 2, (count,), generator=generator).mul(2).sub(1)).to(like)
 
 
-def _plain_gradients(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor) -> tuple[torch.Tensor, dict]:
+def _plain_gradients(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor, everything: bool = False) -> tuple[torch.Tensor, dict]:
     """Losses and, by parameter, the gradient of sum_i factor_i l_i by autograd, None where there is none."""
-    wanted = list(tape.counted | tape.kept)
+    wanted = [p for p in tape.model.parameters() if p.requires_grad] if everything else list(tape.counted | tape.kept)
     losses = loss(tape.model, batch)
     gradients = torch.autograd.grad((factors * losses).sum(), wanted, allow_unused=True) if losses.requires_grad else [None] * len(wanted)
     return losses.detach(), dict(zip(wanted, gradients, strict=True))
@@ -183,6 +192,8 @@ def _is_rounding(tape: _Tape, loss: Loss, batch: dict, factors: torch.Tensor, st
     names = {p: name for name, p in tape.model.named_parameters()}
     with contextlib.suppress(Exception), state.again(), _gradients_set_aside(tape.model):
         exact, wide = copy.deepcopy(tape.model).double(), in_dtype(batch, torch.float64)
+        if tape.following is not None:
+            _FOLLOWED.setdefault(exact, set()).add(tuple(tape.by_sample))
         own = dict(exact.named_parameters())
         wanted = {own[names[p]] for p in tape.counted | tape.kept}
         again = _State(exact)

@@ -5,10 +5,13 @@
 # %% ../../nbs/library/gradients/rules.ipynb #2fd47654
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
+from torch.nn import functional
 
 from .terms import Outer, Rows, Term, Whole, _summed, _wide
 
@@ -43,7 +46,7 @@ def _rule_for(module: torch.nn.Module) -> Rule | None:
         found = RULES.get(f"{kind.__module__}.{kind.__qualname__}")
         if found is not None and type(module).forward is kind.forward:
             return found
-    return None
+    return _scaling if _may_scale(module) else None
 
 # %% ../../nbs/library/gradients/rules.ipynb #a5c96be9
 def _positions(x: torch.Tensor) -> torch.Tensor:
@@ -85,6 +88,19 @@ def _embedding(module, inputs, e):
         values = values * (index != module.padding_idx)[..., None]
     return {"weight": Rows(index, values)}
 
+
+_SCALED = ("bart.modeling_bart.Bart", "mbart.modeling_mbart.MBart", "m2m_100.modeling_m2m_100.M2M100", "gemma2.modeling_gemma2.Gemma2Text")
+_SCALED += ("gemma.modeling_gemma.GemmaText", "gemma3.modeling_gemma3.Gemma3Text", "nllb_moe.modeling_nllb_moe.NllbMoe")
+
+
+def _scaled_embedding(module, inputs, e):  # an Embedding's rows times embed_scale
+    scale = module.embed_scale
+    return _embedding(module, inputs, e * (scale.to(module.weight.dtype) if torch.is_tensor(scale) else scale))
+
+
+for _kind in _SCALED:
+    rule(f"transformers.models.{_kind}ScaledWordEmbedding")(_scaled_embedding)
+
 # %% ../../nbs/library/gradients/rules.ipynb #1348fd76
 @rule("recsys_importance.models.Affine")  # logit = scale * x + bias, of the two-tower model: how a module of one's own gets a rule
 def _affine(module, inputs, e):
@@ -99,3 +115,183 @@ def _layer_norm(module, inputs, e):
     scaled = torch.bmm(inverse_deviation.mT, (x - mean).mul_(e))  # (B, 1, width): sum over positions of e * (x - mean) / deviation
     shape = (len(e), *module.normalized_shape)
     return {"weight": Whole(scaled.reshape(shape)), "bias": Whole(_summed(e).reshape(shape))}
+
+# %% ../../nbs/library/gradients/rules.ipynb #9790a753
+@rule(torch.nn.RMSNorm)
+def _rms_norm(module, inputs, e):
+    width = math.prod(module.normalized_shape)
+    x, e = inputs[0].reshape(len(e), -1, width), e.reshape(len(e), -1, width).to(_wide(e))
+    scaled = functional.rms_norm(x, (width,), None, module.eps).to(e.dtype).mul_(e).sum(1)
+    return {"weight": Whole(scaled.reshape(len(e), *module.normalized_shape))}
+
+
+_FORMS = weakref.WeakKeyDictionary()  # of each norm of unknown class: by dimensions and dtype of x, the dimension of its vectors
+
+
+def _may_scale(module) -> bool:
+    """Whether this is called a norm and holds nothing but vectors of one length."""
+    parameters = [p for p in module._parameters.values() if p is not None]
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm", "RmsNorm"))
+    alike = bool(parameters) and all(p.ndim == 1 and len(p) == len(parameters[0]) for p in parameters)
+    return named and alike and not module._modules
+
+
+def _with_vectors(module, x, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The module's forward with these vectors in the place of its parameters; no hook runs."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = vectors
+    return type(module).forward(twin, x)
+
+
+def _scaling(module, inputs, e):
+    if len(inputs) != 1 or inputs[0].shape != e.shape:
+        raise ValueError("expected one tensor given and one of its shape returned; register a rule or pass by_sample")
+    x, own = inputs[0], {name: p.detach() for name, p in module._parameters.items() if p is not None}
+    none = {name: torch.zeros_like(p) for name, p in own.items()}
+    base = _with_vectors(module, x, none)
+    slopes = {name: _with_vectors(module, x, none | {name: torch.ones_like(p)}) - base for name, p in own.items()}
+    forms = _FORMS.setdefault(module, {})
+    key = (x.ndim, x.dtype, type(module).forward)
+    dimension = forms.get(key)
+    if dimension is None:
+        dimension = _dimension_of_vectors(module, x, base, slopes)
+        if torch.isfinite(base).all():  # else it says too little to be remembered
+            forms[key] = dimension
+    summed = [d for d in range(1, x.ndim) if d != dimension]
+    return {name: Whole((slope * e.to(_wide(e))).sum(summed) if summed else slope * e.to(_wide(e))) for name, slope in slopes.items()}
+
+
+def _dimension_of_vectors(module, x, base, slopes: dict[str, torch.Tensor]) -> int:
+    """The dimension of x along which the module's vectors lie, found with random vectors; raises ValueError if there is none."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = {name: torch.randn(len(p), generator=generator).to(p) for name, p in module._parameters.items() if p is not None}
+    found, length = _with_vectors(module, x, vectors), len(next(iter(vectors.values())))
+    size = base.abs() + sum(slope.abs() for slope in slopes.values())
+    precision = max(torch.finfo(found.dtype).eps, 1e-6)  # many compute in float32 whatever they are given
+    for dimension in [d for d in reversed(range(1, x.ndim)) if x.shape[d] == length]:
+        shape = [length if d == dimension else 1 for d in range(x.ndim)]
+        expected = base + sum(slope * vectors[name].reshape(shape) for name, slope in slopes.items())
+        if not ((found - expected).abs() > 64 * precision * (size + size.nanmean())).any():
+            return dimension
+    raise ValueError("its output is not linear in each of its vectors, coordinate by coordinate; register a rule or pass by_sample")
+
+# %% ../../nbs/library/gradients/rules.ipynb #4892906e
+def _patches(module, x: torch.Tensor) -> torch.Tensor:
+    """(B, C, *size) as views (B, C, *places of the kernel, *kernel), padded as the convolution does."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    for d, (kernel, stride, dilation) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True), 2):
+        x = x.unfold(d, dilation * (kernel - 1) + 1, stride)
+    return x[(..., *(slice(None, None, dilation) for dilation in module.dilation))]
+
+
+@rule(torch.nn.Conv1d)
+@rule(torch.nn.Conv2d)
+@rule(torch.nn.Conv3d)
+def _convolution(module, inputs, e):
+    size = len(module.kernel_size)
+    if inputs[0].ndim != size + 2:
+        raise ValueError(f"expected inputs of {size + 2} dimensions, samples first, got {tuple(inputs[0].shape)}")
+    patches, e = _patches(module, inputs[0]), e.flatten(2).mT  # (B, places, out)
+    patches = patches.movedim(1, size + 1).flatten(size + 2).flatten(1, size)  # (B, places, C, kernel)
+    bias = Whole(_summed(e))
+    if module.groups == 1:
+        return {"weight": Outer(e, patches.flatten(2)), "bias": bias}
+    e, patches = (x.unflatten(2, (module.groups, -1)).transpose(1, 2).to(_wide(e)) for x in (e, patches))
+    return {"weight": Whole((e.mT @ patches.flatten(3)).reshape(len(e), *module.weight.shape)), "bias": bias}
+
+
+def _by_channel(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, ...) summed over all that follows, in float32 or better."""
+    return x.to(_wide(x)) if x.ndim == 2 else x.flatten(2).sum(2, dtype=_wide(x))
+
+
+@rule(torch.nn.GroupNorm)
+def _group_norm(module, inputs, e):
+    normal = functional.group_norm(inputs[0].to(_wide(e)), module.num_groups, None, None, module.eps)
+    return {"weight": Whole(_by_channel(normal * e)), "bias": Whole(_by_channel(e))}
+
+
+@rule(torch.nn.InstanceNorm1d)
+@rule(torch.nn.InstanceNorm2d)
+@rule(torch.nn.InstanceNorm3d)
+def _instance_norm(module, inputs, e):
+    if module.track_running_stats and not module.training:
+        return _batch_norm(module, inputs, e)
+    normal = functional.instance_norm(inputs[0].to(_wide(e)), eps=module.eps)
+    return {"weight": Whole(_by_channel(normal * e)), "bias": Whole(_by_channel(e))}
+
+
+@rule(torch.nn.BatchNorm1d)
+@rule(torch.nn.BatchNorm2d)
+@rule(torch.nn.BatchNorm3d)
+@rule(torch.nn.SyncBatchNorm)
+def _batch_norm(module, inputs, e):
+    normal = functional.batch_norm(
+        inputs[0].to(_wide(e)), module.running_mean.to(_wide(e)), module.running_var.to(_wide(e)), eps=module.eps
+    )
+    return {"weight": Whole(_by_channel(normal * e)), "bias": Whole(_by_channel(e))}
+
+
+def _refuse_batch_statistics(module, inputs) -> None:
+    """Pre-hook of every BatchNorm, with parameters or without: raise ValueError if it takes mean and variance of the batch."""
+    if module.training or module.running_mean is None:
+        raise ValueError(
+            f"{type(module).__name__} takes the batch's own mean and variance, so every sample influences the others and none has a "
+            "gradient of its own; put it in eval mode (running statistics), or use GroupNorm or LayerNorm in its place"
+        )
+
+
+@rule(torch.nn.PReLU)
+def _prelu(module, inputs, e):
+    below = inputs[0].to(_wide(e)).clamp(max=0) * e
+    if module.num_parameters == 1:
+        return {"weight": Whole(below.reshape(len(e), -1).sum(1, keepdim=True))}
+    return {"weight": Whole(_by_channel(below))}
+
+
+@rule(torch.nn.Bilinear)
+def _bilinear(module, inputs, e):
+    first, second, e = (_positions(x) for x in (*inputs, e))
+    return {"weight": Outer(e, (first[..., None] * second[..., None, :]).flatten(2)), "bias": Whole(_summed(e))}
+
+# %% ../../nbs/library/gradients/rules.ipynb #a5a5a300
+def _bags(module, inputs, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Places (B, T), which of them count (B, T), and the weights per place if there are any."""
+    places, more = inputs[0], inputs[1:]
+    offsets = next((x for x in more if not x.is_floating_point()), None)
+    weights = next((x for x in more if x.is_floating_point()), None)
+    if places.ndim == 1:
+        starts = offsets[:count]
+        if len(offsets) != count + module.include_last_offset or (count > 1 and starts.stride(0) == 0):
+            raise ValueError(f"expected one bag per sample, {count} offsets, got {len(offsets)}; one bag shared by all is not supported")
+        last = offsets[-1:] if module.include_last_offset else offsets.new_tensor([len(places)])
+        ends = torch.cat([starts[1:], last])
+        within = starts[:, None] + torch.arange(int((ends - starts).max().clamp(min=1)), device=places.device)
+        there, within = within < ends[:, None], within.clamp(max=max(len(places) - 1, 0))
+        places = places[within] if len(places) else torch.zeros_like(within)
+        weights = None if weights is None else (weights[within] if len(weights) else torch.zeros_like(within, dtype=weights.dtype))
+    else:
+        there = torch.ones_like(places, dtype=torch.bool)
+    return places, there if module.padding_idx is None else there & (places != module.padding_idx), weights
+
+
+@rule(torch.nn.EmbeddingBag)
+def _embedding_bag(module, inputs, e):
+    if module.sparse or module.scale_grad_by_freq or module.max_norm is not None:
+        raise ValueError("expected an EmbeddingBag without sparse, scale_grad_by_freq and max_norm; their gradient is not the loss's own")
+    places, there, weights = _bags(module, inputs, len(e))
+    values = e.to(_wide(e))[:, None] * there[..., None]
+    if module.mode == "mean":
+        values = values / there.sum(1).clamp(min=1)[:, None, None]
+    if module.mode == "max":
+        values = values * _chosen(module.weight.detach()[places], there)
+    if weights is not None:
+        values = values * weights.to(values.dtype)[..., None]
+    return {"weight": Rows(places.long(), values)}
+
+
+def _chosen(rows: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Which of the rows (B, T, d) is the first largest, for each sample and coordinate; rows that are not there never."""
+    first = rows.masked_fill(~there[..., None], -torch.inf).argmax(1, keepdim=True)
+    return torch.zeros_like(rows).scatter_(1, first, 1)

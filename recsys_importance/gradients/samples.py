@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from .certificate import _certify, _record
+from .shared import _CannotTell, _following_where_needed
 from .tape import _State, _Tape
 from .taps import _GradientInLoss
 from .terms import _weighted_sum
@@ -86,6 +87,7 @@ def sample_gradients(
     return _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale, check)
 
 
+@_following_where_needed
 def _sample_gradients(model, loss, batch, counted, kept, by_sample, loss_scale, check=None) -> SampleGradients:
     _refuse_wrapped(model)
     if torch.is_inference_mode_enabled():
@@ -146,7 +148,7 @@ def _pass(tape: _Tape, loss, batch, loss_scale: float, seen) -> tuple[_Tape, tor
                     "use an activation with inplace=False, or x = x * 2 in place of x.mul_(2)"
                 ) from error
             if tape.shared:
-                raise ValueError(
+                raise _CannotTell(
                     f"the model fails once {tape.shared[-1]}, whose one output serves all {tape.count} samples, gives one for each: "
                     f"{error}. Put the module around it into by_sample, or use recsys_importance.reference"
                 ) from error

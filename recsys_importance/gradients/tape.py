@@ -10,16 +10,18 @@ import fnmatch
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 import torch
 
 from .kernels import _has_onednn
-from .rules import _conv1d, _linear, _rule_for
+from .rules import _conv1d, _linear, _refuse_batch_statistics, _rule_for
+from .shared import _CannotTell, _Followed, _is_followed
 from .taps import _LinearTap, _Site, _Tap
 from .terms import Term, _Grams, _squares
 
 # %% auto #0
-__all__ = []
+__all__ = ['in_repeated_pass']
 
 # %% ../../nbs/library/gradients/tape.ipynb #1339bdb9
 class _Tape:
@@ -36,6 +38,8 @@ class _Tape:
         self.grams = _Grams()
         self.anchor = torch.zeros((), requires_grad=True)
         self.by_sample = by_sample
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.following = _Followed(self, trainable) if _is_followed(model, by_sample) else None
         self.sites = list(_sites(self, by_sample))
 
     def is_here(self) -> bool:
@@ -48,12 +52,17 @@ class _Tape:
         handles = []
         compiled = any(module._compiled_call_impl is not None for module in self.model.modules())  # by model.compile()
         try:
+            norms = (module for module in self.model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm))
+            handles += [module.register_forward_pre_hook(_refuse_batch_statistics) for module in norms]
             for site in self.sites:
                 # first of all hooks: what others make of the output comes after the module
                 handles.append(site.module.register_forward_hook(site.hook, with_kwargs=True, prepend=True))
-                if site.rule in (_linear, _conv1d):
+                if site.rule in (_linear, _conv1d) and self.following is None:  # which follows the input itself
                     handles.append(site.module.register_forward_pre_hook(self._cast))
-            with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            if self.following is not None:
+                handles += self.following.watch()
+            eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+            with eager, self.following or contextlib.nullcontext():
                 yield self
         finally:
             for handle in handles:
@@ -77,12 +86,16 @@ class _Tape:
     def backward(self, losses: torch.Tensor, scale: torch.Tensor, seen: Callable[[_Tape], None] = lambda tape: None) -> None:
         """Run the backward pass of sum_i scale_i l_i through the activations only; `seen` is called between forward and backward pass."""
         self.in_backward = True
+        if self.following is not None:
+            losses = self.following.close(losses)
         if losses.grad_fn is None:
             return
         names = {id(p): name for name, p in self.model.named_parameters() if p in self.counted | self.kept}
         self.moves = _check_uses(losses.grad_fn, names, self.count)
         seen(self)
         torch.autograd.grad(losses, self.anchor, scale, allow_unused=True)
+        if self.following is not None:
+            self.following.settle()
         self.cast, self.grams = None, _Grams()
         for parameter in [p for p in self.terms if self.pending[p]]:  # some of its modules do not reach the loss
             self._settle(parameter)
@@ -129,6 +142,8 @@ def _widened(term: Term) -> Term:
 def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
     """The modules to record, each parameter in one of them only."""
     wanted, inside = tape.counted | tape.kept, ()
+    if tape.following is not None:
+        wanted = set(tape.following.parameters.values())
     known = {p for module in tape.model.modules() if _rule_for(module) for p in module._parameters.values()}
     for name, module in tape.model.named_modules():
         if inside and (inside == ("",) or name.startswith(inside)):
@@ -147,8 +162,10 @@ def _sites(tape: _Tape, by_sample: Sequence[str]) -> Iterator[_Site]:
             site = _Site(tape, name, module, own, _rule_for(module))
             if site.rule is None and known.issuperset(own.values()):
                 continue  # another name of a parameter that a module with a rule holds
+            if site.rule is None and tape.following is not None:
+                continue
             if site.rule is None:
-                raise ValueError(
+                raise _CannotTell(
                     f"no rule for the parameters {', '.join(own)} of {site}. Register one with @rule({type(module).__name__}), "
                     f"form its gradient sample by sample with by_sample={name or '*'!r}, freeze them, or use recsys_importance.reference, "
                     "which takes any model"
@@ -179,9 +196,9 @@ def _check_uses(root, names: dict[int, str], count: int) -> bool:
                 "reentrant gradient checkpointing hides the layers; use gradient_checkpointing_enable({'use_reentrant': False})"
             )
         if isinstance(node, _Tap._backward_cls):  # its module's own work lies between its outputs and its inputs
-            groups = [(edges[1 + node.count :], ()), (edges[1 : 1 + node.count], node.site.own.values())]
+            groups = [(edges[1 : 1 + node.count], node.site.own.values()), (edges[1 + node.count :], ())]  # the last is walked first
         elif isinstance(node, _LinearTap._backward_cls):
-            groups = [(edges[:-2], ()), (edges[-2:], (node.site.module.weight, node.site.module.bias))]
+            groups = [(edges[-2:], (node.site.module.weight, node.site.module.bias)), (edges[:-2], ())]
         else:
             groups = [(edges, holders)]
         for followings, holders in groups:
@@ -190,7 +207,7 @@ def _check_uses(root, names: dict[int, str], count: int) -> bool:
                     following.site.check_consumer(following, node)
                 variable = getattr(following, "variable", None)
                 if variable is not None and id(variable) in names and not any(variable is p for p in holders):
-                    raise ValueError(
+                    raise _CannotTell(
                         f"parameter {names[id(variable)]!r} is used outside the forward of a module that holds it, so its gradient "
                         "cannot be told apart by sample. Give by_sample the module in whose forward all of its uses are, or use "
                         "recsys_importance.reference"
@@ -220,6 +237,15 @@ def _moves(node, count: int) -> bool:
     return 0 in along if isinstance(along, tuple) else along == 0
 
 # %% ../../nbs/library/gradients/tape.ipynb #0b560da4
+_REPEATED = ContextVar("_REPEATED", default=False)
+
+
+def in_repeated_pass() -> bool:
+    """Whether the loss is called for a batch that it has seen in this step already, to check it or once more in float64: a loss that keeps
+    a record leaves this call out."""
+    return _REPEATED.get()
+
+
 class _State:
     """Random numbers, and in train mode the model's small buffers, as they are now; `again` puts them back for another pass."""
 
@@ -233,6 +259,7 @@ class _State:
     def again(self) -> Iterator[None]:
         """Inside, everything is as it was; afterwards as if nothing had happened."""
         after = [(buffer, buffer.clone()) for buffer, _ in self.buffers]
+        token = _REPEATED.set(True)
         with torch.no_grad(), _same_noise(self.noise):
             _copy(self.buffers)
             try:
@@ -240,6 +267,7 @@ class _State:
                     yield
             finally:
                 _copy(after)
+                _REPEATED.reset(token)
 
     def restore(self) -> None:
         """Go back for good."""

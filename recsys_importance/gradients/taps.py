@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .kernels import _by_onednn, _may_choose, _rows_that_count, _rows_times_rows
 from .rules import Rule, _conv1d, _linear
+from .shared import _CannotTell
 from .terms import Outer, Rows, Term, Whole
 
 if TYPE_CHECKING:
@@ -108,9 +109,11 @@ class _Site:
         if not self.tape.in_backward:  # a checkpointed module comes a second time in the backward pass
             for parameter in self.own.values():
                 self.tape.pending[parameter] += 1
+        inputs = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
+        if self.tape.following is not None and self.tape.following.takes(self, inputs, output):
+            return None
         if self.own and self.rule is None:
             return self._tap_whole_call(args, kwargs, output)
-        inputs = [x for x in (*args, *kwargs.values()) if torch.is_tensor(x)]
         if self.own:
             raw = output
             inputs, output = self._per_sample(inputs, output)
@@ -148,6 +151,8 @@ class _Site:
 
     def _given(self, places) -> bool:
         """Whether these are a column of the batch, as it is or on another device or in another dtype."""
+        if self.tape.following is not None:  # which has told samples from positions by other means
+            return True
         same_shape = (x for x in self.tape.columns if x.shape == places.shape)
         return any(torch.equal(x.to(places.device, places.dtype), places) for x in same_shape)
 
@@ -155,18 +160,23 @@ class _Site:
         """Inputs and output with the batch as first dimension; what is the same for all samples is repeated (without copying)."""
         count = self.tape.count
         if not torch.is_tensor(output):
-            raise ValueError(f"{self} returned {type(output).__name__}, expected a tensor; pass by_sample={self.name!r}")
+            raise _CannotTell(f"{self} returned {type(output).__name__}, expected a tensor; pass by_sample={self.name!r}")
         shape = tuple(output.shape)
         table = isinstance(self.module, torch.nn.Embedding)
         if table and inputs[0].ndim == 1 and len(output) == count > 1 and not self._given(inputs[0]):
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} was given the places {int(inputs[0][0])} to {int(inputs[0][-1])} for {count} samples: these may be positions or "
                 f"one place per sample; give positions as (1, {count}), or places per sample as a column of the batch"
             )
-        if output.ndim and len(output) == 1 < count and any(x.requires_grad and _recorded(x.grad_fn) for x in inputs):
-            raise ValueError(
-                f"{self} was given one row for {count} samples, made from what already had a row for each: what is the same for all "
-                "samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
+        if table and self._square(inputs) and count > 1 or table and inputs[0].ndim > 1 and inputs[0].numel() == 1 < count:
+            raise _CannotTell(
+                f"{self} was given places of shape {tuple(inputs[0].shape)} for {count} samples, which may be distances of positions or "
+                "one row per sample; pass by_sample for a module around it"
+            )
+        if output.ndim and len(output) == 1 < count and not table:
+            raise _CannotTell(
+                f"{self} was given one row for {count} samples, which may be what all of them share or one position; what is the same for "
+                "all samples, such as position embeddings, gets a row for each, so add it as it is, without [None] or [0]"
             )
         if isinstance(self.module, torch.nn.Embedding) and inputs[0].ndim == 1 and len(output) != count:  # positions (T,)
             inputs, output = [inputs[0][None], *inputs[1:]], output[None]
@@ -175,7 +185,7 @@ class _Site:
             output = output.expand(count, *output.shape[1:])
             inputs = [x.expand(count, *x.shape[1:]) if x.ndim and len(x) == 1 else x for x in inputs]
         if output.ndim < (2 if self.rule in (_linear, _conv1d) else 1) or len(output) != count:
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} returned a tensor of shape {shape} in a batch of {count} samples; expected the samples as first "
                 "dimension, or 1 if all share it. Reshape in the model, pass by_sample for a module around it, or use "
                 "recsys_importance.reference"
@@ -185,7 +195,7 @@ class _Site:
     def check_consumer(self, tap, consumer) -> None:
         """Raise ValueError if what reads a table of distances takes its first dimension for positions."""
         if tap.use.square and self.tape.count > 1 and tuple(consumer._input_metadata[0].shape) != tuple(tap.shape):
-            raise ValueError(
+            raise _CannotTell(
                 f"{self} was given places of shape ({self.tape.count}, {self.tape.count}), which may be distances of positions or one row "
                 "per sample; pass by_sample for a module around it"
             )
@@ -194,6 +204,7 @@ class _Site:
         """Tap every tensor that went into or came out of a module without a rule."""
         outputs, shape_of_outputs = pytree.tree_flatten(output)
         inputs, shape_of_inputs = pytree.tree_flatten((args, kwargs))
+        _refuse_packed(self, args, kwargs)
         places = [k for k, x in enumerate(outputs) if torch.is_tensor(x) and x.requires_grad]
         given = [k for k, x in enumerate(inputs) if torch.is_tensor(x)]
         device = next(iter(self.own.values())).device.type
@@ -211,7 +222,7 @@ class _Site:
         """Raise ValueError if only the first of the rows that all samples share has a gradient, though other samples have one."""
         first = self.tape.first
         if first is not None and first[1:].any() and e[0].any() and not e[1:].any():
-            raise ValueError(f"{self} has one output for all samples, of which each gets a row; take no row of it: leave out [0]")
+            raise _CannotTell(f"{self} has one output for all samples, of which each gets a row; take no row of it: leave out [0]")
 
     def deliver(self, call, inputs, gradients):
         """In the backward pass: turn the output's gradient into terms and hand them to the tape."""
@@ -235,7 +246,8 @@ class _Site:
             term, count = terms[name], self.tape.count
             match term:
                 case Outer(left, right):
-                    fits = (len(left), *left.shape[2:], *right.shape[2:]) == (count, *parameter.shape) and left.shape[:2] == right.shape[:2]
+                    matrix = (parameter.shape[0], parameter[0].numel()) if parameter.ndim > 1 else ()  # a kernel as (out, all the rest)
+                    fits = (len(left), *left.shape[2:], *right.shape[2:]) == (count, *matrix) and left.shape[:2] == right.shape[:2]
                 case Rows(index, values):
                     fits = (len(index), *values.shape[2:]) == (count, *parameter.shape[1:]) and index.shape == values.shape[:2]
                 case Whole(gradients):
@@ -259,19 +271,23 @@ class _Site:
             for i in range(count):
                 leaves = list(call.constants)
                 for k, x in zip(call.given, inputs, strict=True):
-                    leaves[k] = x[i : i + 1] if x.ndim and len(x) == count else x
+                    leaves[k] = _of_sample(self.module, k, x, i, count)
                 args, kwargs = pytree.tree_unflatten(leaves, call.shape_of_inputs)
                 device, dtype, enabled = call.mode
                 with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                     outputs = pytree.tree_leaves(self.module(*args, **kwargs))
                 for k, result in zip(call.places, results, strict=True):
-                    alone, together = outputs[k].detach(), result[i : i + 1]
+                    alone, together = outputs[k].detach(), _of_sample(self.module, k, result, i, count)
                     if alone.shape != together.shape or (alone - together).abs().max() > 1e-2 * together.abs().max():
                         raise ValueError(
                             f"{self} gives another result for sample {i} alone than in its batch, so by_sample cannot serve it: dropout in "
                             "train mode, or samples that influence one another; use eval mode, register a rule, or freeze it"
                         )
-                pairs = [(outputs[k], e[i : i + 1]) for k, e in zip(call.places, gradients, strict=True) if e is not None]
+                pairs = [
+                    (outputs[k], _of_sample(self.module, k, e, i, count))
+                    for k, e in zip(call.places, gradients, strict=True)
+                    if e is not None
+                ]
                 values, directions = zip(*pairs, strict=True)
                 rows.append(torch.autograd.grad(values, list(self.own.values()), directions, allow_unused=True))
         finally:
@@ -295,6 +311,22 @@ class _Call(NamedTuple):
 def _plain_precision(gradients):
     """Autocast off: it would round what the engine adds up."""
     return torch.autocast(next(g for g in gradients if g is not None).device.type, enabled=False)
+
+# %% ../../nbs/library/gradients/taps.ipynb #1d8a949a
+def _of_sample(module, place: int, x: torch.Tensor, i: int, count: int) -> torch.Tensor:
+    """Sample i of a module's tensor, by its place among what was given or returned; what is not per sample stays."""
+    recurrent = isinstance(module, torch.nn.RNNBase)
+    dimension = 1 if recurrent and not (place == 0 and module.batch_first) else 0
+    return x.narrow(dimension, i, 1) if x.ndim > dimension and x.shape[dimension] == count else x
+
+
+def _refuse_packed(site: _Site, args, kwargs) -> None:
+    """Raise ValueError for a recurrent layer that is given a packed sequence, which has no dimension for the samples."""
+    if any(isinstance(x, torch.nn.utils.rnn.PackedSequence) for x in (*args, *kwargs.values())):
+        raise ValueError(
+            f"{site} is given a packed sequence, in which samples cannot be told apart; give it the padded one (and read each sample at "
+            "its last place), or give by_sample a module around the packing that takes one sample alone"
+        )
 
 # %% ../../nbs/library/gradients/taps.ipynb #005c93e9
 def _look(name: str, count: int, *tensors) -> tuple:

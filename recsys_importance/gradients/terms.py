@@ -27,7 +27,10 @@ __all__ = ['Term', 'CANCELLED', 'Outer', 'Rows', 'Whole']
 
 # %% ../../nbs/library/gradients/terms.ipynb #c8bb9c69
 class Outer(NamedTuple):
-    """A matrix's gradient as a sum over positions of outer products: g_i = left_i^T right_i; left (B, T, p), right (B, T, d)."""
+    """A matrix's gradient as a sum over positions of outer products: g_i = left_i^T right_i; left (B, T, p), right (B, T, d).
+
+    A parameter of more dimensions, such as a convolution's kernel (p, channels, height, width), counts as the matrix (p, all the rest).
+    """
 
     left: torch.Tensor
     right: torch.Tensor
@@ -186,7 +189,8 @@ def _of_sample(term: Term, i: int, shape: torch.Size | None) -> torch.Tensor:
     """The term of sample i written out, in the parameter's shape."""
     match term:
         case Outer(left, right):
-            return left[i].to(_wide(left)).mT @ right[i].to(_wide(left))
+            matrix = left[i].to(_wide(left)).mT @ right[i].to(_wide(left))
+            return matrix if shape is None else matrix.reshape(shape)
         case Rows(index, values):
             return values.new_zeros(shape, dtype=_wide(values)).index_add_(0, index[i], values[i].to(_wide(values)))
         case Whole(gradients):
@@ -226,7 +230,7 @@ def _weighted_sum(term: Term, weights: torch.Tensor, parameter: torch.nn.Paramet
             rows = _rows_that_count(left)  # without padding and samples of weight 0
             left, right = left[rows], right[rows]
             rows = _rows_that_count(right)
-            return _columns_times_columns(left[rows], right[rows])
+            return _columns_times_columns(left[rows], right[rows]).reshape(parameter.shape)
         case Rows(index, values):
             total = torch.zeros_like(parameter, dtype=_wide(parameter), requires_grad=False)
             rows = (values * weights.to(_wide(values))[:, None, None]).to(total.dtype)
