@@ -24,13 +24,13 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate.utils.memory import clear_device_cache
-from filelock import FileLock, Timeout
 from torch.utils.data import Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .balance import BALANCES, balanced_backward
+from .folders import locked
 from .gradients import _gathered, _ranks, gradient_norms, in_repeated_pass, weighted_backward
 from .head import ImportanceHead
 from .importance import Weighting, effective_sample_size
@@ -488,21 +488,6 @@ def _check_foreign(folder: Path, own: set[str]) -> None:
         )
 
 
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """Hold the folder against every other process. The system frees what a process held, however it ended. Raises ValueError if another
-    process holds it."""
-    lock = FileLock(folder / "run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is at work in {folder}; wait until it has ended, or choose another folder") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _together(rank: int, ranks: int, action: Callable):
     """What the action returns, done by the first process and then by the others; an error of one of them is raised on all."""
     outcome = failure = None
@@ -547,7 +532,7 @@ class _Keeping(_Run):
         _check_foreign(folder, own)
         if self.args.process_index == 0 and not self.holds:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder, wait=0))
             _check_foreign(folder, own)
 
     def _save_checkpoint(self, model, trial):
@@ -781,6 +766,7 @@ class _Steps(_Keeping):
             progress=progress,
             by_sample=self.by_sample,
             scaler=self.accelerator.scaler,
+            check=self.check,
         )
         self._teach(model, found.norms)
         return Step(found.losses, found.weights, found.norms, True, (found.weights * found.losses).mean())
@@ -826,7 +812,7 @@ class _Ways(_Steps):
         return self.head is not None and (step < self.exact_every or step % self.exact_every == 0)
 
     def _norms(self, model, loss: Loss, batch: dict) -> torch.Tensor:
-        return gradient_norms(_ranks(model)[1], loss, batch, parameters=self.parameters, by_sample=self.by_sample)
+        return gradient_norms(_ranks(model)[1], loss, batch, parameters=self.parameters, by_sample=self.by_sample, check=self.check)
 
     def _watched(self, loss: Loss) -> Loss:
         return loss if self.head is None else self.head.watch(loss)
@@ -942,8 +928,8 @@ class ImportanceTrainer(_Ways):
     step in `exact_every`, and every one of the first `exact_every`, is weighted by exact norms to teach it.
     validate: model -> {metric: value}, what an evaluation reports. lengths: per training sample, to put samples of like length into one
     batch. final_rate: with lr_scheduler_type "constant_with_warmup", the learning rate falls exponentially to this fraction of its peak.
-    parameters, by_sample: see `gradients.weighted_backward`. `seen`: the last step. Other arguments: see Trainer; checkpoints that this run
-    did not write are neither written over nor removed.
+    parameters, by_sample, check: see `gradients.weighted_backward`. `seen`: the last step. Other arguments: see Trainer; checkpoints that
+    this run did not write are neither written over nor removed.
     Raises ValueError for what cannot keep samples apart (DataParallel, DeepSpeed, FSDP, torch.compile), for fp16 without a GPU, for
     arguments of the Trainer that would be ignored, for weights or a data set that do not fit, and for an output_dir with checkpoints of
     another run, or in which another process trains.
@@ -965,6 +951,7 @@ class ImportanceTrainer(_Ways):
         final_rate: float | None = None,
         parameters: str | Sequence[str] = "*",
         by_sample: str | Sequence[str] = (),
+        check: bool | None = None,
         **kwargs,
     ):
         given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
@@ -990,7 +977,7 @@ class ImportanceTrainer(_Ways):
                 raise ValueError("the samples have a 'weight', and weights= are given; leave one of them out")
         self.loss, self.weighting, self.recompute, self.balance = loss, weighting, recompute, balance
         self.head, self.exact_every, self.validate, self.lengths = head, exact_every, validate, lengths
-        self.final_rate, self.parameters, self.by_sample, self.weights = final_rate, parameters, by_sample, weights
+        self.final_rate, self.parameters, self.by_sample, self.weights, self.check = final_rate, parameters, by_sample, weights, check
         self.seen: Step | None = None
         self.window: deque[Step] = deque(maxlen=10_000)  # the steps since the last log
         self.head_losses: deque[float] = deque(maxlen=10_000)  # L_i of these steps
@@ -1025,6 +1012,7 @@ class ImportanceTrainer(_Ways):
             with_names,
             parameters=self.parameters,
             by_sample=self.by_sample,
+            check=self.check,
             batch_size=self.args.per_device_train_batch_size,
             progress=False,
         )["score"].to_numpy()

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from .balance import BALANCES
 from .data.frame import require_complete
 from .evaluation import evaluate
+from .folders import locked
 from .head import ImportanceHead
 from .importance import Weighting
 from .models import PairCollator, PairDataset, PairModel, add_lora, evaluating, predict, to_device
@@ -38,7 +39,6 @@ from recsys_importance.trainer import (
     _check_foreign,
     _checkpoints,
     _lack,
-    _locked,
     _number_of,
     _recorded,
     _together,
@@ -74,7 +74,8 @@ class TrainingSettings:
     recompute="forward" and a head, one step in so many is exact and teaches the head. lora_rank: rank of low-rank adapters, the
     encoder's own weights frozen; 0 trains all. evaluations_per_epoch: validations, each with a checkpoint. metric: what chooses the
     best weights and stops the run after `patience` validations without a better one. tracking: "tensorboard", "wandb". seed: of the
-    order of samples, dropout and adapters.
+    order of samples, dropout and adapters. check: whether steps that need norms are compared with autograd: every one, none, or (None) the
+    first and ever fewer.
     """
 
     epochs: int = 3
@@ -100,6 +101,7 @@ class TrainingSettings:
     patience: int = 4
     tracking: tuple[str, ...] = ()
     seed: int = 0
+    check: bool | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulation", "max_length", "exact_every", "evaluations_per_epoch", "patience"):
@@ -251,7 +253,7 @@ def _ready(folder: Path, identity: dict | None, size: int, rank: int, ranks: int
     _check_folder(folder)
     _check_space(folder, size)
     if identity is not None and rank == 0:
-        stack.enter_context(_locked(folder))
+        stack.enter_context(locked(folder, wait=0))
         _claim(folder, identity)
         for checkpoint in sorted(_checkpoints(folder), key=_number_of, reverse=True):
             if not _lack(checkpoint, ranks):
@@ -391,6 +393,7 @@ def fine_tune(
             exact_every=settings.exact_every,
             validate=validate,
             lengths=dataset.lengths(),
+            check=settings.check,
             final_rate=settings.final_rate if settings.schedule == "exponential" else None,
             callbacks=[EarlyStoppingCallback(settings.patience), _LogWithEvaluation(), _Progress(description, settings.metric)],
         )

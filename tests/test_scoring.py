@@ -621,7 +621,7 @@ def test_samples_that_are_no_dicts_take_their_names_from_the_collator(tmp_path):
     np.testing.assert_array_equal(scores["score"], score_points(None)["score"])
 
 
-@pytest.mark.parametrize("sample_id", [None, float("nan"), object(), [1]], ids=str)
+@pytest.mark.parametrize("sample_id", [None, float("nan"), object(), [1]], ids=["none", "nan", "object", "list"])
 def test_what_names_no_sample_is_refused(sample_id, tmp_path):
     rows = rows_of(Points())
     rows[5] = rows[5] | {"sample_id": sample_id}

@@ -659,7 +659,7 @@ def test_what_is_half_written_is_passed_over_and_stays(name, fault, copied):
     (copied / "checkpoint-1" / "notes.txt").write_text("mine")
     with pytest.warns(UserWarning, match="passed over and left as it is"):
         assert last_checkpoint(copied) is None
-    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json", "run.lock"]
+    assert files_in(copied) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "importance_checkpoints.json"]
     assert {name for name in before if name.startswith(("checkpoint-2", "checkpoint-3"))} <= tree(copied).keys()
 
 
@@ -766,7 +766,7 @@ def test_two_trainers_do_not_write_to_one_folder_at_a_time(tmp_path):
 
     class Second(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            with pytest.raises(ValueError, match=f"another process is at work in {tmp_path}; wait until it has ended, or choose another"):
+            with pytest.raises(ValueError, match=f"{tmp_path} is in use by process .*; wait until that has ended, or choose another"):
                 trainer(tmp_path, count=12, save_strategy="epoch").train()
             refused.append(state.global_step)
 

@@ -23,6 +23,7 @@ from tiny import tiny_frame, tiny_pair
 
 from recsys_importance import training
 from recsys_importance.evaluation import evaluate
+from recsys_importance.folders import locked
 from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset, add_lora, predict
@@ -490,7 +491,7 @@ def test_checkpoints_stay_where_they_are_asked_for(train, validation, tmp_path):
     weights, result = trained(train, validation, folder=folder)
     found = sorted(path.name for path in folder.iterdir())
     best = result.history["step"][1:][result.history["ndcg@10"][1:] == result.best].iloc[0]
-    assert found == [f"checkpoint-{best}", "importance_checkpoints.json", "run.json", "run.lock"]
+    assert found == [f"checkpoint-{best}", "importance_checkpoints.json", "run.json"]
     assert same(load_file(folder / f"checkpoint-{best}" / "model.safetensors"), weights)
 
 
@@ -806,7 +807,7 @@ def test_a_run_json_of_another_program_is_not_written_over(text, sixteen, valida
 
 def held(folder: str, marker: str) -> None:
     """Hold the folder as a run does, until the process is killed."""
-    with training._locked(Path(folder)):
+    with locked(Path(folder)):
         Path(marker).write_text("held")
         time.sleep(120)
 
@@ -820,14 +821,14 @@ def test_a_second_process_in_the_folder_is_refused_until_the_first_has_ended_in_
         assert time.monotonic() < deadline and process.is_alive()
         time.sleep(0.01)
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"another process is at work in {folder}; wait until it has ended, or choose another folder"):
+        with pytest.raises(ValueError, match=f"{folder} is in use by process .*; wait until that has ended, or choose another folder"):
             trained(sixteen, validation, folder=folder, batch_size=4)
-    assert [path.name for path in folder.iterdir()] == ["run.lock"]
+    assert [path.name for path in folder.iterdir()] == [".lock"]
     process.kill()
     process.join()
     trained(sixteen, validation, folder=folder, batch_size=4, epochs=1)
     assert checkpoints(folder)
-    with training._locked(folder):  # free again after a run, and after a refusal in the same process
+    with locked(folder):  # free again after a run, and after a refusal in the same process
         pass
 
 

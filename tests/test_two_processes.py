@@ -117,7 +117,7 @@ def test_both_refuse_what_one_would(ranks):
     for found in ranks:
         assert found["no folder"] == "2 processes need one folder that all of them see; give fine_tune a folder"
         assert "holds checkpoints of another run (it differs in settings)" in found["another run"]
-        assert "never whole; wait until it has ended, or choose another folder" in found["in use"]
+        assert "wait until that has ended, or choose another folder" in found["in use"]
         assert "two_processes.py: File exists; choose another folder" in found["a file"]
 
 

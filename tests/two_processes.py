@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recsys_importance import selective as selective_module
 from recsys_importance import training
+from recsys_importance.folders import locked
 from recsys_importance.head import ImportanceHead
 from recsys_importance.importance import Weighting
 from recsys_importance.models import PairCollator, PairDataset
@@ -231,7 +232,7 @@ def outcomes(rank: int, folder: Path) -> dict:
     found["half-written"] = fine_tuned(folder / "half-written", batch_size=4, dropout=0.1)
     found["no folder"] = refusal(fine_tuned, None, batch_size=4)
     found["another run"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1, learning_rate=5e-4)
-    with training._locked(folder / "never whole") if rank == 0 else contextlib.nullcontext():  # as another torchrun would
+    with locked(folder / "never whole") if rank == 0 else contextlib.nullcontext():  # as another torchrun would
         found["in use"] = refusal(fine_tuned, folder / "never whole", batch_size=4, dropout=0.1)
     found["a file"] = refusal(fine_tuned, Path(__file__), batch_size=4)
     return found | {"bars": Bar.shown}
