@@ -205,7 +205,7 @@ def compare_predictions(
     group: str | None = None,
     unit: str | None = None,
     k: int = 10,
-    highest_grade: float | None = 3,
+    highest_grade: float | None | str = "data",
     level: float = 0.95,
 ) -> Comparison:
     """Every metric of every objective for each model, and its difference to the reference with an interval over units and seeds.
@@ -229,6 +229,8 @@ def compare_predictions(
     if not 0 < level < 1 or k < 1:
         raise ValueError(f"expected 0 < level < 1 and k >= 1, got {level} and {k}")
     columns_of(test, objectives)  # checks every column that is read
+    if isinstance(highest_grade, str) and highest_grade == "data":
+        highest_grade = test.attrs.get("highest_grade", 3)
     group, unit = _grouping(test, group, unit)
     scores = {model: _stacked(model, given, len(test), len(objectives)) for model, given in predictions.items()}
     rows = []

@@ -86,18 +86,21 @@ class Evaluation(NamedTuple):
     summary: dict
 
 
-def evaluate(frame: pd.DataFrame, scores, *, probabilities=None, k: int = 10, highest_grade: float | None = 3) -> Evaluation:
+def evaluate(frame: pd.DataFrame, scores, *, probabilities=None, k: int = 10, highest_grade: float | None | str = "data") -> Evaluation:
     """How well `scores` rank the candidates of each query.
 
     frame: N rows with query_id and label in [0, 1]. scores: (N,), higher is better, any scale. probabilities: (N,) in [0, 1], for
     log-loss. highest_grade: of the scale that labels were divided by; the gain is 2^(highest_grade * label) - 1 (Burges et al. 2005).
-    None: labels are gains already, such as ESCI's 1, 0.1, 0.01 and 0.
+    None: labels are gains already, such as ESCI's 1, 0.1, 0.01 and 0. "data": what the frame's attrs["highest_grade"] says, which
+    loaders set, and 3 without.
     Returns per query ndcg@k, mrr, auc_per_query (relevant: label 0.5 or more), log_loss, and how many candidates and grades it has; and a
     summary with the means over the queries where a metric is defined, `auc` pooled over all pairs of rows, and how many queries were
     defined; log_loss is the mean over rows. Time and memory grow with N only. Raises ValueError for missing columns, a length that does
     not match, or scores that are not finite.
     """
-    if not k >= 1 or not (highest_grade is None or 0 < highest_grade < np.inf):
+    if isinstance(highest_grade, str) and highest_grade == "data":
+        highest_grade = frame.attrs.get("highest_grade", 3)
+    if not k >= 1 or isinstance(highest_grade, str) or not (highest_grade is None or 0 < highest_grade < np.inf):
         raise ValueError(f"expected k >= 1 and a highest_grade above 0 (or None where labels are gains), got {k} and {highest_grade}")
     labels, codes, queries = _checked(frame, scores, probabilities)
     scores, relevant = np.asarray(scores, dtype=np.float64), labels >= 0.5

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 
 from .balance import BALANCES
-from .data.frame import require_complete
+from .data.frame import fingerprint, require_complete
 from .evaluation import evaluate
 from .folders import locked
 from .head import ImportanceHead
@@ -220,13 +219,6 @@ def _checkpoint_bytes(model: torch.nn.Module, settings: TrainingSettings, *, kee
     return weights + trained * {"adamw": 2, "sgd": 1}[settings.optimizer] * keeps
 
 
-def _contents(frame: pd.DataFrame | pd.Series) -> str:
-    """sha256 of a frame's columns and values, or of a series with its index."""
-    names = frame.columns.tolist() if isinstance(frame, pd.DataFrame) else []
-    values = pd.util.hash_pandas_object(frame, index=isinstance(frame, pd.Series)).to_numpy()
-    return hashlib.sha256(repr(names).encode() + values.tobytes()).hexdigest()
-
-
 def _claim(folder: Path, identity: dict) -> None:
     """Make the folder this run's, or raise ValueError if its checkpoints are another run's."""
     path = folder / "run.json"
@@ -362,9 +354,9 @@ def fine_tune(
     if ranks == 1 and device.type == "cuda" and device.index not in (None, 0):
         raise ValueError(f"training runs on the first visible GPU, the model is on {device}; choose the GPU with CUDA_VISIBLE_DEVICES")
     identity = {"settings": asdict(settings), "weighting": asdict(weighting), "objectives": repr(objectives), "ranks": ranks}
-    identity |= {"train": _contents(train), "validation": _contents(validation), "model": _sha256(dict(pair.model.state_dict()))}
+    identity |= {"train": fingerprint(train), "validation": fingerprint(validation), "model": _sha256(dict(pair.model.state_dict()))}
     identity |= {
-        "scores": None if scores is None else _contents(scores),
+        "scores": None if scores is None else fingerprint(scores),
         "head": None if head is None else _sha256(dict(head.state_dict())),
     }
     keeps, extra = folder is not None, {} if objectives is None else columns_of(train, objectives)

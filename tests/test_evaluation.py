@@ -222,6 +222,16 @@ def test_all_queries_at_once_are_the_queries_one_at_a_time(k, highest_grade):
         np.testing.assert_allclose(found[ours], expected[theirs], rtol=1e-11, atol=1e-12)
 
 
+def test_the_data_say_what_their_labels_are():
+    frame = one_query([0.1, 1.0])
+    assert evaluate(frame, [2, 1]).summary["ndcg@10"] == evaluate(frame, [2, 1], highest_grade=3).summary["ndcg@10"]
+    for grade in (2, None):
+        frame.attrs["highest_grade"] = grade
+        assert evaluate(frame, [2, 1]).summary["ndcg@10"] == evaluate(frame, [2, 1], highest_grade=grade).summary["ndcg@10"]
+    with pytest.raises(ValueError, match="highest_grade above 0 .*, got 10 and grades"):
+        evaluate(frame, [2, 1], highest_grade="grades")
+
+
 def test_final_gains_enter_ndcg_as_they_are():
     """ESCI: an exact match before and after a substitute. 2^(3 * 0.1) - 1 would count the substitute 0.033 of the exact match, not 0.1."""
     frame = one_query([1.0, 0.1])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import tiny_frame, tiny_pair
 
 from recsys_importance import training
+from recsys_importance.data.frame import fingerprint
 from recsys_importance.evaluation import evaluate
 from recsys_importance.folders import locked
 from recsys_importance.head import ImportanceHead
@@ -756,8 +757,8 @@ def test_what_a_folder_belongs_to_are_values_names_and_the_index_of_scores():
     series = pd.Series([1.0, 2.0], index=["a", "b"])
     others = [frame.rename(columns={"clicked": "bought", "bought": "clicked"}), frame[::-1], frame.assign(clicked=0.0), frame[["bought"]]]
     others += [series, series[::-1], series.rename({"a": "c"}), series + 1]
-    assert len({training._contents(frame), *map(training._contents, others)}) == 9
-    assert training._contents(frame.set_index(pd.Index([7, 8]))) == training._contents(frame)
+    assert len({fingerprint(frame), *map(fingerprint, others)}) == 9
+    assert fingerprint(frame.set_index(pd.Index([7, 8]))) == fingerprint(frame)
 
 
 def test_checkpoints_that_no_run_has_claimed_are_refused(sixteen, validation, tmp_path, no_step):
