@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -90,7 +91,7 @@ def _certify(tape: _Tape, loss: Loss, batch: dict, losses: torch.Tensor, scale: 
             stacklevel=2,
         )
         return
-    if not all(torch.isfinite(g).all() for g in (tape.squares, *plain.values()) if g is not None):  # an overflow in half precision, say
+    if not (torch.isfinite(tape.squares).all() and math.isfinite(_whole(plain))):  # an overflow in half precision, say
         return
     wrong = _differences(tape, factors, plain, _tolerance(tape)) | _wrong_norms(tape, losses)
     if not wrong:
@@ -154,7 +155,7 @@ def _differences(tape: _Tape, factors: torch.Tensor, plain: dict, tolerance: flo
             continue
         found = sum(parts) if parts else torch.zeros_like(expected)
         size = 0.0 if expected is None else torch.linalg.vector_norm(expected).item()
-        off = torch.linalg.vector_norm(found if expected is None else found.to(expected) - expected).item()
+        off = torch.dist(found.to(expected), expected).item() if expected is not None else torch.linalg.vector_norm(found).item()
         if not off <= tolerance * size + _FLOOR * whole + rounding:
             wrong[parameter] = off / max(size, _FLOOR * whole, 1e-300)
     return wrong
@@ -178,8 +179,8 @@ def _wrong_norms(tape: _Tape, losses: torch.Tensor, noise: float = 0.0) -> dict:
     if not torch.isfinite(norms).all():  # what is not finite is reported as such
         return {}
     for i in {int(norms.argmin()), int(losses.double().sum().abs().mul(1e6).fmod(tape.count).nan_to_num())}:
-        parts = [_written_out(tape.terms[p], i, p.shape).double().square().sum() for p in tape.counted if tape.terms.get(p)]
-        exact = sum(part.item() for part in parts) ** 0.5
+        parts = [torch.linalg.vector_norm(_written_out(tape.terms[p], i, p.shape)) for p in tape.counted if tape.terms.get(p)]
+        exact = sum(part.item() ** 2 for part in parts) ** 0.5
         if abs(norms[i].item() - exact) > 1e-3 * exact + _rounding(tape)[i].item() + noise:
             wrong[f"the norm of sample {i}"] = abs(norms[i].item() - exact) / max(exact, 1e-300)
     return wrong
